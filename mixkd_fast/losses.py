@@ -1,0 +1,303 @@
+"""Distillation losses for any PyTorch trainer: a function and its `nn.Module` face. Needs torch only.
+
+Legend of shape suffixes: `...` the rows (any leading shape), C classes, K kept classes of a top-k teacher.
+"""
+
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from mixkd_fast.ops import DivergenceName, RowInputs, RowOptions, TopK, checks
+from mixkd_fast.ops.checks import Reduction
+
+
+class KDLossParts(NamedTuple):
+    """A loss and its two summands: loss = kd + ce. `kd` and `ce` are weighted, reduced alike and detached."""
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopK | None,
+    labels: Tensor | None = None,
+    partner_labels: Tensor | None = None,
+    lam: Tensor | float | None = None,
+    *,
+    temperature: float = 1.0,
+    divergence: DivergenceName = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    row_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    return_parts: Literal[False] = False,
+    ab_alpha: float = 0.2,
+    ab_beta: float = 0.7,
+    detach_mixture: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopK | None,
+    labels: Tensor | None = None,
+    partner_labels: Tensor | None = None,
+    lam: Tensor | float | None = None,
+    *,
+    temperature: float = 1.0,
+    divergence: DivergenceName = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    row_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    return_parts: Literal[True],
+    ab_alpha: float = 0.2,
+    ab_beta: float = 0.7,
+    detach_mixture: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> KDLossParts: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopK | None,
+    labels: Tensor | None = None,
+    partner_labels: Tensor | None = None,
+    lam: Tensor | float | None = None,
+    *,
+    temperature: float = 1.0,
+    divergence: DivergenceName = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    row_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    return_parts: bool,
+    ab_alpha: float = 0.2,
+    ab_beta: float = 0.7,
+    detach_mixture: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor | KDLossParts: ...
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopK | None,
+    labels: Tensor | None = None,
+    partner_labels: Tensor | None = None,
+    lam: Tensor | float | None = None,
+    *,
+    temperature: float = 1.0,
+    divergence: DivergenceName = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    row_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    return_parts: bool = False,
+    ab_alpha: float = 0.2,
+    ab_beta: float = 0.7,
+    detach_mixture: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Tensor | KDLossParts:
+    """Distillation loss and both hard-label terms of mixup, from one reading of the logits.
+
+    loss_r = w_r (kd_weight tau^2 D(p_r, q_r)
+                  + ce_weight [lam_r CE(s_r, labels_r) + (1 - lam_r) CE(s_r, partner_labels_r)])
+    with p = softmax(z_T / tau), q = softmax(z_S / tau); tau^2 is applied (not for mse); CE is at tau = 1.
+    Only student_logits receives a gradient. Arithmetic in fp32, or fp64 if student or teacher is fp64.
+
+    Args:
+        student_logits: floating [..., C].
+        teacher_logits: floating [..., C_T], of any floating dtype, or a `TopK`; None only at kd_weight 0. If
+            C_T is not C the classes both have are compared and the rest is left out of both softmaxes; CE
+            uses all C.
+        labels: integer [...], in [0, C) or ignore_index. A row labelled ignore_index is dropped whole, its KD
+            term too, also at ce_weight 0: loss 0, gradient 0, not counted by "mean". Without labels no row is
+            ignored.
+        partner_labels: integer [...], labels of the rows mixed in; ignore_index here drops the row as well.
+        lam: floating [...] or one number, weight of `labels`; belongs to `partner_labels`.
+        temperature: tau > 0.
+        divergence: forward_kl, reverse_kl, jsd (beta in [0, 1]), skew_forward_kl and skew_reverse_kl (alpha
+            in [0, 1)), alpha_beta (ab_alpha, ab_beta), adaptive_kl, tvd, mse (of logits, mean over classes,
+            not for a TopK).
+        row_weights: floating [...], w_r; a row of weight 0 is dropped. Default 1.
+        reduction: "mean" divides by the sum of w_r of rows that are not dropped; "sum"; "none" gives [...].
+        normalizer: with "mean", replaces the divisor: the number of tokens (or rows) of the whole
+            accumulated, cross-rank batch, as a number or a tensor of one element.
+        return_parts: return `KDLossParts` instead of the loss.
+        detach_mixture: skew_reverse_kl only: no gradient through the q inside the mixture (DistiLLM-2).
+        inplace: lets the gradient reuse the buffer of student_logits; the reference backend does not.
+        backend: "auto" or a name of `mixkd_fast.ops.backends`.
+
+    Returns: a scalar, or [...] for "none"; fp32 (fp64 for fp64 input). All rows dropped: 0 with gradient 0.
+
+    A row with NaN or +inf gives NaN for that row. -inf (a masked class) is legal; if only one side masks a
+    class the loss is infinite where the formula is, with an undefined gradient for reverse_kl.
+
+    Raises: ValueError for shapes, dtypes and options out of their range; for labels (or TopK indices) outside
+    [0, C) on the CPU, or anywhere with MIXKD_FAST_CHECK=1 in the environment. Otherwise, and under
+    torch.compile, such a row is NaN: the device is not waited for. RuntimeError for a backend that is not
+    available.
+
+    Sources: Hinton et al. 2015; MixKD, Liang et al. 2021 (arXiv 2011.00593); else `ops/reference.py`.
+    """
+    # Imported here, so that `python -m mixkd_fast.ops.backends` is not loaded by its own package first.
+    from mixkd_fast.ops import backends
+
+    options = RowOptions(
+        temperature=temperature,
+        divergence=divergence,
+        beta=beta,
+        alpha=alpha,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        ab_alpha=ab_alpha,
+        ab_beta=ab_beta,
+        detach_mixture=detach_mixture,
+        inplace=inplace,
+    )
+    checks.check_options(options, reduction, normalizer)
+    checks.check_tensors(student_logits, teacher_logits, labels, partner_labels, lam, row_weights, options)
+
+    rows = student_logits.shape[:-1]
+    keep, invalid = checks.kept_and_invalid_rows(
+        student_logits, teacher_logits, labels, partner_labels, row_weights, ignore_index
+    )
+    if lam is not None:
+        if not isinstance(lam, Tensor):
+            # Filled on the device: a copy from host memory would wait for it.
+            dtype = torch.promote_types(student_logits.dtype, torch.float32)
+            lam = torch.full((), lam, dtype=dtype, device=student_logits.device)
+        lam = lam.expand(rows)
+    selection = backends.select("kd_loss", student_logits.device, backend)
+    row_losses = backends.load("kd_loss", selection.name)
+    kd, ce = row_losses(RowInputs(student_logits, teacher_logits, labels, partner_labels, lam, keep, invalid), options)
+
+    weights = None if row_weights is None else row_weights.detach().to(kd.dtype)
+    if weights is not None:
+        kd, ce = kd * weights, ce * weights
+        if keep is not None:
+            kd, ce = torch.where(keep, kd, 0.0), torch.where(keep, ce, 0.0)
+    if reduction != "none":
+        kd, ce = kd.sum(), ce.sum()
+    if reduction == "mean":
+        divisor = _divisor(kd, rows, weights, keep, normalizer)
+        kd, ce = kd / divisor, ce / divisor
+    loss = kd + ce
+    return KDLossParts(loss, kd.detach(), ce.detach()) if return_parts else loss
+
+
+class KDLoss(nn.Module):
+    """`kd_loss` with its options fixed: see there for their meaning, ranges and errors."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        divergence: DivergenceName = "forward_kl",
+        beta: float = 0.5,
+        alpha: float = 0.1,
+        kd_weight: float = 1.0,
+        ce_weight: float = 0.0,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        return_parts: bool = False,
+        ab_alpha: float = 0.2,
+        ab_beta: float = 0.7,
+        detach_mixture: bool = False,
+        inplace: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.options = RowOptions(
+            temperature=temperature,
+            divergence=divergence,
+            beta=beta,
+            alpha=alpha,
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
+            ab_alpha=ab_alpha,
+            ab_beta=ab_beta,
+            detach_mixture=detach_mixture,
+            inplace=inplace,
+        )
+        checks.check_options(self.options, reduction, None)
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+        self.return_parts = return_parts
+        self.backend = backend
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | TopK | None,
+        labels: Tensor | None = None,
+        partner_labels: Tensor | None = None,
+        lam: Tensor | float | None = None,
+        *,
+        row_weights: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor | KDLossParts:
+        """`kd_loss` of these tensors."""
+        return kd_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            partner_labels,
+            lam,
+            row_weights=row_weights,
+            normalizer=normalizer,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            return_parts=self.return_parts,
+            backend=self.backend,
+            **self.options._asdict(),
+        )
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults."""
+        defaults = RowOptions._field_defaults
+        changed = [f"{name}={value!r}" for name, value in self.options._asdict().items() if value != defaults[name]]
+        return ", ".join([*changed, f"reduction={self.reduction!r}"])
+
+
+def _divisor(
+    total: Tensor,
+    rows: torch.Size,
+    weights: Tensor | None,
+    keep: Tensor | None,
+    normalizer: Tensor | float | None,
+) -> Tensor:
+    """What "mean" divides by, 0 replaced by 1: then there is nothing to divide."""
+    if normalizer is not None:
+        divisor = torch.as_tensor(normalizer).detach().to(total.dtype).reshape(())
+    elif weights is not None:
+        divisor = (weights if keep is None else torch.where(keep, weights, 0.0)).sum()
+    elif keep is not None:
+        divisor = keep.sum().to(total.dtype)
+    else:
+        divisor = torch.as_tensor(max(rows.numel(), 1), dtype=total.dtype)
+    return torch.where(divisor == 0, 1.0, divisor)
+
+
+__all__ = ["KDLoss", "KDLossParts", "TopK", "kd_loss"]

@@ -1,0 +1,83 @@
+"""What every backend of the row losses agrees on: the options, the teacher as top-k, the signature.
+
+Legend of shape suffixes: `...` any leading row shape, C classes, K kept classes of a top-k teacher.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+DivergenceName = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "alpha_beta",
+    "adaptive_kl",
+    "tvd",
+    "mse",
+]
+
+
+class TopK(NamedTuple):
+    """A teacher of which only the K likeliest classes are known.
+
+    Args:
+        indices: integer [..., K], distinct classes of a row, each in [0, student classes).
+        logprobs: floating [..., K], log softmax(z_T / temperature) over the teacher's *whole* vocabulary at
+            those classes, at the temperature the loss is called with: the softmax at another temperature
+            cannot be recovered from K values.
+        tail_mass: True compares K + 1 buckets, the last one holding the rest of the mass on both sides. False
+            renormalises both sides over the K classes.
+    """
+
+    indices: Tensor
+    logprobs: Tensor
+    tail_mass: bool = True
+
+    @classmethod
+    def from_logits(cls, teacher_logits: Tensor, k: int, *, temperature: float = 1.0, tail_mass: bool = True) -> "TopK":
+        """The k likeliest classes of teacher_logits [..., C] at `temperature`, logprobs in fp32 or fp64."""
+        logits = teacher_logits.detach()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logprobs, indices = (logits / temperature).log_softmax(-1).topk(k, dim=-1)
+        return cls(indices, logprobs, tail_mass)
+
+
+class RowOptions(NamedTuple):
+    """The options that change a row's loss; meanings and ranges as in `mixkd_fast.losses.kd_loss`."""
+
+    temperature: float = 1.0
+    divergence: DivergenceName = "forward_kl"
+    beta: float = 0.5
+    alpha: float = 0.1
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    ab_alpha: float = 0.2
+    ab_beta: float = 0.7
+    detach_mixture: bool = False
+    inplace: bool = False
+
+
+class RowInputs(NamedTuple):
+    """Checked tensors of one call. Only `student_logits` receives a gradient.
+
+    student_logits [..., C]; teacher None only at kd_weight 0; labels, partner_labels integer [...], both or
+    labels alone or none; lam [...] with partner_labels; keep bool [...], False drops the row (None keeps
+    all); invalid bool [...], True makes the row NaN (None: no row).
+    """
+
+    student_logits: Tensor
+    teacher: Tensor | TopK | None
+    labels: Tensor | None
+    partner_labels: Tensor | None
+    lam: Tensor | None
+    keep: Tensor | None
+    invalid: Tensor | None
+
+
+RowLosses = Callable[[RowInputs, RowOptions], tuple[Tensor, Tensor]]
+"""A backend of kd_loss: weighted (kd, ce) rows [...], fp32 or fp64; a dropped row is 0 with gradient 0."""
