@@ -1,0 +1,48 @@
+"""`mixkd-fast config show|check|schema`: what a configuration means, whether it is right, and the JSON Schema."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mixkd_fast.configuration import Config, load_config
+from mixkd_fast.errors import ConfigurationError
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a configuration file, as published in configs/schema.json."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from command-line arguments. Returns 1 if a checked configuration is wrong."""
+    parser = argparse.ArgumentParser(prog="mixkd-fast config", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="print the whole configuration with every default")
+    show.add_argument("--config", required=True, metavar="FILE")
+    show.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b.c=VALUE")
+    check = commands.add_parser("check", help="check files without running them")
+    check.add_argument("files", nargs="+", metavar="FILE")
+    commands.add_parser("schema", help="print the JSON Schema for editors")
+    options = parser.parse_args(argv)
+    if options.command == "schema":
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    try:
+        if options.command == "show":
+            config = load_config(options.config, options.overrides)
+            print(json.dumps(config.model_dump(mode="json", by_alias=True), indent=2))
+            return 0
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    wrong = 0
+    for path in options.files:
+        try:
+            load_config(path)
+            print(f"{path}: fine")
+        except ConfigurationError as error:
+            wrong += 1
+            print(f"{path}: {error}", file=sys.stderr)
+    return 1 if wrong else 0

@@ -1,0 +1,14 @@
+"""The distillation methods. A new one is a file here, a row in this union and a JSON in configs/."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from mixkd_fast.methods.base import Method, Moment
+from mixkd_fast.methods.finetune import FineTune
+from mixkd_fast.methods.kd import KD
+from mixkd_fast.methods.mixkd import MixKD
+
+AnyMethod = Annotated[FineTune | KD | MixKD, Field(discriminator="name")]
+
+__all__ = ["KD", "AnyMethod", "FineTune", "Method", "MixKD", "Moment"]

@@ -1,0 +1,98 @@
+"""What a distillation method is: options plus a rule that turns (batch, student, teacher) into loss terms.
+
+Legend of shape suffixes: B clean rows of the micro-batch, M = B * mixed_rows mixed rows, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixkd_fast.mix import Mixing, first_rows
+from mixkd_fast.section import Section
+
+if TYPE_CHECKING:
+    from mixkd_fast.data.batching import Batch
+    from mixkd_fast.models import Encoder
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where the run stands; schedules of methods depend on it."""
+
+    step: int
+    total_steps: int
+    epoch: float
+
+
+class Method(Section):
+    """Base of all methods: frozen options and the loss. What is trained beside the student lives in `build`'s module."""
+
+    uses_teacher: ClassVar[bool] = True
+    """Whether a run of this method needs a teacher."""
+
+    def mixing(self) -> Mixing | None:
+        """How rows are paired and interpolated, or None if the method needs no mixed rows."""
+        return None
+
+    def build(self, student: Encoder, teacher: Encoder | None) -> nn.Module | None:
+        """Further trainable modules (projections, more students); trained and checkpointed beside the student."""
+        return None
+
+    def terms(
+        self, batch: Batch, student: Encoder, teacher: Encoder | None, extras: nn.Module | None, moment: Moment
+    ) -> dict[str, Tensor]:
+        """Weighted loss terms of a micro-batch.
+
+        Args: batch with B clean rows; student and teacher take `clean(batch)` and `mixed(batch, mixing)`;
+        the teacher is frozen and gives no gradient; extras is what `build` returned.
+        Returns: name -> tensor [B], one value per clean row. The training loss is the sum of all terms over the
+        rows of the whole accumulated, cross-rank batch, divided by its number of rows: the engine divides.
+        """
+        raise NotImplementedError
+
+    def after_step(self, student: Encoder, extras: nn.Module | None, moment: Moment) -> None:
+        """Called after every optimizer step, for moving averages and the like."""
+
+
+def supervised_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """The loss of the batch's own targets, unreduced: [B].
+
+    Cross entropy with hard or soft labels for [B, C] logits, squared error for a regression's [B, 1].
+    """
+    return _target_loss(logits, batch, slice(0, batch.num_rows))
+
+
+def mixed_supervised_loss(logits_M: Tensor, batch: Batch) -> Tensor:
+    """The loss of the mixed targets y' = lam * y_i + (1 - lam) * y_j, averaged over each row's mixed rows: [B].
+
+    For classification this equals lam * CE(s, y_i) + (1 - lam) * CE(s, y_j); a regression takes (s - y')^2.
+    """
+    assert batch.partner is not None and batch.lam is not None
+    num_mixed = batch.partner.shape[0]
+    if batch.labels.is_floating_point():
+        own = first_rows(batch.labels, num_mixed, batch.num_rows)
+        target = batch.lam * own + (1 - batch.lam) * batch.labels[batch.partner]
+        return per_clean_row((logits_M.float().squeeze(-1) - target).square(), batch)
+    first = torch.arange(num_mixed, device=logits_M.device) % batch.num_rows
+    own_loss = _target_loss(logits_M, batch, first)
+    partner_loss = _target_loss(logits_M, batch, batch.partner)
+    return per_clean_row(batch.lam * own_loss + (1 - batch.lam) * partner_loss, batch)
+
+
+def per_clean_row(values_M: Tensor, batch: Batch) -> Tensor:
+    """Mean over the mixed rows of each clean row: [M] -> [B]."""
+    return values_M.view(-1, batch.num_rows).mean(0)
+
+
+def _target_loss(logits: Tensor, batch: Batch, rows: slice | Tensor) -> Tensor:
+    logits = logits.float()
+    if batch.labels.is_floating_point():
+        return (logits.squeeze(-1) - batch.labels[rows]).square()
+    if batch.soft_labels is not None:
+        return F.cross_entropy(logits, batch.soft_labels[rows], reduction="none")
+    return F.cross_entropy(logits, batch.labels[rows], reduction="none")

@@ -1,0 +1,59 @@
+"""Knowledge distillation on the clean rows (Hinton et al. 2015, arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from mixkd_fast.losses import kd_loss
+from mixkd_fast.methods.base import Method, Moment, supervised_loss
+
+if TYPE_CHECKING:
+    from mixkd_fast.data.batching import Batch
+    from mixkd_fast.models import Encoder
+
+Weight = Annotated[float, Field(ge=0)]
+Temperature = Annotated[float, Field(gt=0)]
+Distance = Literal["kl", "mse"]
+
+
+class CleanRowDistillation(Method):
+    """The terms of the clean rows, shared by KD and MixKD."""
+
+    mle_weight: Weight = 1.0
+    """Weight of the supervised loss."""
+    kd_weight: Weight = 1.0
+    """Weight of the distance to the teacher."""
+    temperature: Temperature = 2.0
+    """tau of the softened distributions; the term is multiplied by tau^2. Unused by distance "mse"."""
+    distance: Distance = "kl"
+    """kl: temperature-scaled KL(teacher || student); mse: squared difference of the logits, mean over classes."""
+
+    def terms(
+        self, batch: Batch, student: Encoder, teacher: Encoder | None, extras: nn.Module | None, moment: Moment
+    ) -> dict[str, Tensor]:
+        assert teacher is not None
+        student_logits = student.clean(batch).logits
+        terms = {}
+        if self.mle_weight:
+            terms["mle"] = self.mle_weight * supervised_loss(student_logits, batch)
+        if self.kd_weight:
+            teacher_logits = teacher.clean(batch).logits
+            terms["kd"] = self.kd_weight * distance(student_logits, teacher_logits, self.distance, self.temperature)
+        return terms
+
+
+class KD(CleanRowDistillation):
+    """L = mle_weight * CE(S(x), y) + kd_weight * d(T(x), S(x)); d = tau^2 KL(T || S) at temperature tau, or MSE."""
+
+    name: Literal["kd"] = "kd"
+    """Discriminator of the method section."""
+
+
+def distance(student_logits: Tensor, teacher_logits: Tensor, kind: Distance, temperature: float) -> Tensor:
+    """d(T, S) of methods MixKD and KD, unreduced: [rows]. A regression's single output is always compared by MSE."""
+    if kind == "mse" or student_logits.shape[-1] == 1:
+        return kd_loss(student_logits, teacher_logits, divergence="mse", reduction="none")
+    return kd_loss(student_logits, teacher_logits, temperature=temperature, reduction="none")

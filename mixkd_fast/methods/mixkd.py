@@ -1,0 +1,53 @@
+"""MixKD: distillation on interpolated rows (Liang et al., ICLR 2021, arXiv 2011.00593)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor, nn
+
+from mixkd_fast.methods.base import Moment, mixed_supervised_loss, per_clean_row
+from mixkd_fast.methods.kd import CleanRowDistillation, Weight, distance
+from mixkd_fast.mix import Mixing
+
+if TYPE_CHECKING:
+    from mixkd_fast.data.batching import Batch
+    from mixkd_fast.models import Encoder
+
+
+class MixKD(CleanRowDistillation, Mixing):
+    """L = mle_weight * CE(S(x), y) + kd_weight * d(T(x), S(x)) + sm_weight * L_SM + tmkd_weight * d(T(x'), S(x')).
+
+    x' = lam * e(x_i) + (1 - lam) * e(x_j) on word embeddings, each model mixing in its own table with the same
+    (i, j, lam); L_SM = lam * CE(S(x'), y_i) + (1 - lam) * CE(S(x'), y_j). The paper's rows TMKD and SM+TMKD have
+    kd_weight 0; KD, KD+SM, TMKD, SM+TMKD and all of them together are settings of this one objective.
+    """
+
+    name: Literal["mixkd"] = "mixkd"
+    """Discriminator of the method section."""
+    kd_weight: Weight = 0.0
+    """Weight of the distance to the teacher on the clean rows (0 in the paper)."""
+    sm_weight: Weight = 1.0
+    """alpha_SM: weight of the supervised loss on the mixed rows with mixed labels."""
+    tmkd_weight: Weight = 1.0
+    """alpha_TMKD: weight of the distance to the teacher on the mixed rows."""
+
+    def mixing(self) -> Mixing | None:
+        return self if self.sm_weight or self.tmkd_weight else None
+
+    def terms(
+        self, batch: Batch, student: Encoder, teacher: Encoder | None, extras: nn.Module | None, moment: Moment
+    ) -> dict[str, Tensor]:
+        assert teacher is not None
+        clean = self.mle_weight or self.kd_weight
+        terms = super().terms(batch, student, teacher, extras, moment) if clean else {}
+        if self.mixing() is None:
+            return terms
+        student_logits = student.mixed(batch, self).logits
+        if self.sm_weight:
+            terms["sm"] = self.sm_weight * mixed_supervised_loss(student_logits, batch)
+        if self.tmkd_weight:
+            teacher_logits = teacher.mixed(batch, self).logits
+            per_mixed_row = distance(student_logits, teacher_logits, self.distance, self.temperature)
+            terms["tmkd"] = self.tmkd_weight * per_clean_row(per_mixed_row, batch)
+        return terms
