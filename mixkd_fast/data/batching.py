@@ -1,0 +1,276 @@
+"""Which rows each step trains on, who is mixed with whom, and how a rank's share becomes padded tensors.
+
+Everything random is drawn for the global batch of an optimizer step and depends on (seed, step) alone, so that any
+number of ranks, any micro-batch size and a resumed run see the same rows, partners and lam.
+
+Legend of shape suffixes: N clean rows of the global batch, B of the micro-batch, k mixed rows per clean row,
+R rows of a micro-batch with partners, M = B * k, L positions, C classes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mixkd_fast.data.tokenization import TokenRows
+from mixkd_fast.errors import ConfigurationError, ModelError
+from mixkd_fast.mix import Mixing, draw_lam
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# One stream of random numbers per purpose: an option that draws more of one kind leaves the others alone.
+_ORDER, _PARTNERS, _LAM = 0, 1, 2
+
+
+@dataclass
+class Batch:
+    """A padded micro-batch. Rows 0..B-1 are the clean rows, rows B.. exist only as partners."""
+
+    input_ids: Tensor
+    """int64 [R, L]"""
+    attention_mask: Tensor
+    """int64 [R, L], 1 = token"""
+    token_type_ids: Tensor | None
+    """int64 [R, L]; None if the tokenizer makes none."""
+    labels: Tensor
+    """int64 [R] for a classification, float32 [R] for a regression."""
+    soft_labels: Tensor | None
+    """float32 [R, C]; one-hot for rows with a hard label only; None if no row of the data set has its own."""
+    row_ids: Tensor
+    """int64 [R]: number in the TokenRows; -1 for a row that only keeps an idle rank busy in evaluation."""
+    partner: Tensor | None
+    """int64 [M]: index into R of the second row of mixed row m; its first row is clean row m % B."""
+    lam: Tensor | None
+    """float32 [M]: weight of the first row."""
+    num_rows: int
+    """B"""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch with every tensor on `device`."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=non_blocking)
+        return Batch(**values)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the clean rows."""
+        return int(self.attention_mask[: self.num_rows].sum())
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [B]: rows that count; only evaluation has others."""
+        return self.row_ids[: self.num_rows] >= 0
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How rows are brought to one length."""
+
+    token_id: int
+    side: Literal["right", "left"] = "right"
+    multiple: int = 8
+    """The width is rounded up to a multiple of this, but not above the rows' max_length; 1 keeps it."""
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase", multiple: int = 8) -> "Padding":
+        """The tokenizer's own pad token and side. Raises: ModelError if it has no pad token."""
+        if tokenizer.pad_token_id is None:
+            raise ModelError(
+                f'the tokenizer "{tokenizer.name_or_path}" has pad_token null; '
+                "allowed: a tokenizer with a pad token (set one and save the tokenizer anew)"
+            )
+        return cls(tokenizer.pad_token_id, "left" if tokenizer.padding_side == "left" else "right", multiple)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The global batch of one optimizer step."""
+
+    row_ids: NDArray[np.int64]
+    """[N]: row numbers of the data set."""
+    partner_ids: NDArray[np.int64] | None
+    """[N * k]: row number of the partner of mixed row k * N + n, whose first row is row_ids[n]."""
+    lam: NDArray[np.float32] | None
+    """[N * k]: weight of the first row."""
+
+
+class RowOrder:
+    """The endless stream of row numbers: seeded permutations of all rows, one per epoch, end to end."""
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        if num_rows < 1:
+            raise ValueError(f"num_rows is {num_rows}; allowed: at least 1")
+        self.num_rows = num_rows
+        self._seed = seed
+        self._permutations: dict[int, NDArray[np.int64]] = {}
+
+    def permutation(self, epoch: int) -> NDArray[np.int64]:
+        """Row numbers of an epoch: int64 [num_rows]."""
+        if epoch not in self._permutations:
+            # A batch may straddle two epochs; older ones are not needed again.
+            while len(self._permutations) >= 2:
+                del self._permutations[min(self._permutations)]
+            self._permutations[epoch] = _generator(self._seed, _ORDER, epoch).permutation(self.num_rows)
+        return self._permutations[epoch]
+
+    def rows(self, start: int, count: int) -> NDArray[np.int64]:
+        """Rows start .. start + count - 1 of the stream: int64 [count]."""
+        parts = []
+        while count > 0:
+            epoch, first = divmod(start, self.num_rows)
+            part = self.permutation(epoch)[first : first + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts)
+
+
+class GlobalBatches:
+    """The global batch of every optimizer step, as a pure function of (seed, step)."""
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int, mixing: Mixing | None = None) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; allowed: at least 1")
+        self.order = RowOrder(num_rows, seed)
+        self.batch_size = batch_size
+        self._seed = seed
+        self._mixing = mixing
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which every row is seen once; seldom whole, because a batch may straddle two epochs."""
+        return self.order.num_rows / self.batch_size
+
+    def draw(self, step: int) -> Draw:
+        """Rows, partners and lam of step 0, 1, 2, ..."""
+        row_ids_N = self.order.rows(step * self.batch_size, self.batch_size)
+        if self._mixing is None:
+            return Draw(row_ids_N, None, None)
+        num_copies = self._mixing.mixed_rows
+        rng = _generator(self._seed, _PARTNERS, step)
+        if self._mixing.pairing == "batch":
+            partner_ids = np.concatenate([row_ids_N[rng.permutation(self.batch_size)] for _ in range(num_copies)])
+        else:
+            partner_ids = rng.integers(0, self.order.num_rows, size=self.batch_size * num_copies, dtype=np.int64)
+        lam = draw_lam(self._mixing, self.batch_size * num_copies, _generator(self._seed, _LAM, step))
+        return Draw(row_ids_N, partner_ids, lam)
+
+
+def micro_batches(
+    rows: TokenRows, draw: Draw, rank: int, world: int, micro_batch_size: int, padding: Padding
+) -> list[Batch]:
+    """This rank's micro-batches of a global batch, in the order of accumulation.
+
+    Micro-batch a of rank r takes the B rows from (a * world + r) * B on, with their partners and lam. Partners that
+    are not among its clean rows are appended once each.
+    Raises: ConfigurationError if the global batch is not a multiple of micro_batch_size * world.
+    """
+    num_rows = len(draw.row_ids)
+    if micro_batch_size < 1 or num_rows % (micro_batch_size * world):
+        raise ConfigurationError(
+            f"training.batch_size is {num_rows}, which is not a multiple of training.micro_batch_size "
+            f"{micro_batch_size} times {world} ranks"
+        )
+    batches = []
+    for start in range(rank * micro_batch_size, num_rows, world * micro_batch_size):
+        here = slice(start, start + micro_batch_size)
+        row_ids = draw.row_ids[here]
+        if draw.partner_ids is None or draw.lam is None:
+            batches.append(_collate(rows, row_ids, micro_batch_size, padding))
+            continue
+        partner_ids_M = draw.partner_ids.reshape(-1, num_rows)[:, here].ravel()
+        lam_M = draw.lam.reshape(-1, num_rows)[:, here].ravel()
+        place = _places(row_ids, partner_ids_M)
+        extra = [row_id for row_id, index in place.items() if index >= micro_batch_size]
+        batch = _collate(rows, np.concatenate([row_ids, np.array(extra, dtype=np.int64)]), micro_batch_size, padding)
+        batch.partner = torch.tensor([place[row_id] for row_id in partner_ids_M.tolist()], dtype=torch.int64)
+        batch.lam = torch.from_numpy(np.ascontiguousarray(lam_M))
+        batches.append(batch)
+    return batches
+
+
+class EvaluationBatches:
+    """A rank's share of all rows, longest first, in batches of rows of like length.
+
+    Batches are the same for every number of ranks and are dealt out in turn. Every rank gets equally many: one that
+    runs short gets a batch of row 0 alone, marked by row_ids = -1. row_ids say where results belong.
+    """
+
+    def __init__(self, rows: TokenRows, batch_size: int, rank: int, world: int, padding: Padding) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; allowed: at least 1")
+        self._rows = rows
+        self._padding = padding
+        # Longest first, so that memory is short at once or never.
+        order = np.argsort(-rows.lengths, kind="stable")
+        chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        self._num_batches = -(-len(chunks) // world)
+        self._chunks = chunks[rank::world]
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for chunk in self._chunks:
+            yield _collate(self._rows, chunk, len(chunk), self._padding)
+        for _ in range(self._num_batches - len(self._chunks)):
+            idle = _collate(self._rows, np.zeros(1, dtype=np.int64), 1, self._padding)
+            idle.row_ids.fill_(-1)
+            yield idle
+
+
+def _places(row_ids: NDArray[np.int64], partner_ids: NDArray[np.int64]) -> dict[int, int]:
+    """Row number -> index into R: clean rows first, then each further partner once, in order of appearance."""
+    place: dict[int, int] = {}
+    # A row number may come twice where a batch straddles two epochs; the first copy stands for both.
+    for index, row_id in enumerate(row_ids.tolist()):
+        place.setdefault(row_id, index)
+    following = len(row_ids)
+    for row_id in partner_ids.tolist():
+        if row_id not in place:
+            place[row_id] = following
+            following += 1
+    return place
+
+
+def _collate(rows: TokenRows, row_ids_R: NDArray[np.int64], num_rows: int, padding: Padding) -> Batch:
+    """Pad rows to the longest of them, rounded up."""
+    starts_R = rows.offsets[row_ids_R]
+    lengths_R = rows.offsets[row_ids_R + 1] - starts_R
+    longest = int(lengths_R.max())
+    rounded = -(-longest // padding.multiple) * padding.multiple
+    width = max(longest, min(rounded, rows.max_length))
+    positions_L = np.arange(width)
+    if padding.side == "left":
+        within_RL = positions_L - (width - lengths_R)[:, None]
+        mask_RL = within_RL >= 0
+    else:
+        within_RL = np.broadcast_to(positions_L, (len(row_ids_R), width))
+        mask_RL = within_RL < lengths_R[:, None]
+    flat_RL = starts_R[:, None] + np.where(mask_RL, within_RL, 0)
+    token_types = None
+    if rows.token_types is not None:
+        token_types = torch.from_numpy(np.where(mask_RL, rows.token_types[flat_RL], 0).astype(np.int64))
+    return Batch(
+        input_ids=torch.from_numpy(np.where(mask_RL, rows.tokens[flat_RL], padding.token_id).astype(np.int64)),
+        attention_mask=torch.from_numpy(mask_RL.astype(np.int64)),
+        token_type_ids=token_types,
+        labels=torch.from_numpy(rows.labels[row_ids_R]),
+        soft_labels=torch.from_numpy(rows.soft_labels[row_ids_R]) if rows.soft_labels is not None else None,
+        row_ids=torch.from_numpy(row_ids_R.copy()),
+        partner=None,
+        lam=None,
+        num_rows=num_rows,
+    )
+
+
+def _generator(seed: int, purpose: int, index: int) -> np.random.Generator:
+    """The random numbers of one purpose at one step or epoch; independent of all others."""
+    sequence = np.random.SeedSequence(seed % 2**64, spawn_key=(purpose, index))
+    return np.random.Generator(np.random.Philox(sequence))
