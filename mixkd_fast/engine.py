@@ -1,0 +1,249 @@
+"""The optimizer step over DeepSpeed: accumulation, precision, clipping, guards. The only importer of deepspeed."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from deepspeed.runtime.zero import GatheredParameters
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mixkd_fast import distributed
+from mixkd_fast.configuration import Training
+from mixkd_fast.data.batching import Batch
+from mixkd_fast.errors import CheckpointError, NonFiniteError
+from mixkd_fast.methods import Method, Moment
+from mixkd_fast.models import Encoder
+
+_TAG = "engine"
+_TIMEOUT = timedelta(minutes=30)
+
+
+def start_distributed(device: torch.device) -> None:
+    """Join the other ranks that a launcher has started (RANK, WORLD_SIZE, ...), or form a group of one.
+
+    The group of one needs no port, no mpi4py, and no RANK in the environment, which child processes would inherit.
+    """
+    distributed.find_own_tools()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on this one
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        alone = (
+            {} if distributed.is_launched() else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        )
+        torch.distributed.init_process_group(backend, timeout=_TIMEOUT, **alone)
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+class DistillationModule(nn.Module):
+    """Student, the method's own modules, and the loss: one forward per micro-batch, as ZeRO-3's hooks want it."""
+
+    def __init__(self, student: Encoder, teacher: Encoder | None, extras: nn.Module | None, method: Method) -> None:
+        super().__init__()
+        self.student = student
+        self.extras = extras
+        self.method = method
+        self._frozen = (teacher,)  # in a tuple: no submodule, so no parameters of this module
+
+    def forward(self, batch: Batch, moment: Moment | None) -> tuple[Tensor, list[str]]:
+        """Loss terms stacked [terms, B] fp32 and their names; without a moment the logits [B, C] of an evaluation."""
+        if moment is None:
+            return self.student.clean(batch).logits.float(), []
+        terms = self.method.terms(batch, self.student, self._frozen[0], self.extras, moment)
+        return torch.stack([term.float() for term in terms.values()]), list(terms)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, over all ranks."""
+
+    loss: float
+    terms: dict[str, float]
+    grad_norm: float | None
+    skipped: bool
+    num_tokens: int
+
+
+class Engine:
+    """Trains a `DistillationModule` under the user's DeepSpeed configuration."""
+
+    def __init__(
+        self,
+        module: DistillationModule,
+        training: Training,
+        deepspeed_config: dict[str, Any],
+        device: torch.device,
+        source_rows: NDArray[np.int64],
+    ) -> None:
+        """Args: source_rows = row number in the user's data of every training row, for messages."""
+        self.training = training
+        self.device = device
+        self._source_rows = source_rows
+        self._module = module
+        optimizer = None if "optimizer" in deepspeed_config else _adamw(module, training, deepspeed_config)
+        groups = _parameter_groups(module, training.weight_decay)
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            model_parameters=None if optimizer else groups,
+            config=deepspeed_config,
+        )
+        # DeepSpeed's own scheduler, if its section has one, drives the learning rate; else training.schedule does.
+        groups = [] if "scheduler" in deepspeed_config else self._engine.optimizer.param_groups
+        self._shares = [group["lr"] / training.learning_rate for group in groups]
+        self.zero_stage: int = self._engine.zero_optimization_stage()
+        self._guards_itself = self._engine.optimizer is not self._engine.basic_optimizer
+        self.monitor = self._engine.monitor
+
+    def step(self, batches: Sequence[Batch], moment: Moment, learning_rate: float, batch_size: int) -> StepResult:
+        """Accumulate the micro-batches of this rank and update the weights once.
+
+        The loss is the sum of all terms over all rows of all ranks, divided by `batch_size` rows; DeepSpeed divides
+        by accumulation steps and ranks, which the scale below undoes.
+        Raises: NonFiniteError when a term or gradient is not finite and training.non_finite is "stop"; the weights
+        are then those of the step before.
+        """
+        # Looked up anew each time: loading a checkpoint replaces the groups.
+        for group, share in zip(self._engine.optimizer.param_groups, self._shares, strict=False):
+            group["lr"] = share * learning_rate
+        self._engine.train()
+        scale = distributed.world_size() * len(batches) / batch_size
+        sums: Tensor | None = None
+        names: list[str] = []
+        complaints: list[str] = []
+        for batch in batches:
+            terms, names = self._engine(batch, moment)
+            rows = terms.detach()
+            if not bool(torch.isfinite(rows).all()):
+                complaints += self._describe_rows(rows, names, batch)
+                terms = terms * float("nan")  # every gradient turns NaN, so that no rank applies this step
+            self._engine.backward(terms.sum() * scale)
+            if batch is not batches[-1]:
+                self._engine.step()
+            sums = rows.sum(1, dtype=torch.float64) if sums is None else sums + rows.sum(1, dtype=torch.float64)
+        assert sums is not None
+        tokens = sum(batch.num_tokens for batch in batches)
+        totals = torch.cat([sums, sums.new_tensor([tokens, len(complaints)])])
+        totals = distributed.sum_over_ranks(totals).tolist()
+        bad_rows = totals.pop() > 0
+        num_tokens = int(totals.pop())
+        if bad_rows and self.training.non_finite == "stop":
+            everyone = [text for texts in distributed.gather_objects(complaints) for text in texts]
+            raise NonFiniteError(_non_finite_message(moment.step, everyone))
+        grad_norm, applied = self._update()
+        if not applied and not bad_rows and self.training.non_finite == "stop" and self.training.precision != "fp16":
+            ids = torch.cat([batch.row_ids[: batch.num_rows] for batch in batches])
+            everyone = [f"a gradient; rows {self._row_numbers(ids)} of rank {distributed.rank()}"]
+            everyone = [text for texts in distributed.gather_objects(everyone) for text in texts]
+            raise NonFiniteError(_non_finite_message(moment.step, everyone))
+        terms_mean = {name: total / batch_size for name, total in zip(names, totals, strict=True)}
+        if applied:
+            self._module.method.after_step(self._module.student, self._module.extras, moment)
+        return StepResult(sum(terms_mean.values()), terms_mean, grad_norm, not applied, num_tokens)
+
+    def _update(self) -> tuple[float | None, bool]:
+        """Clip and apply. Returns the gradient norm and whether the update was applied (finite gradients)."""
+        if self._guards_itself:
+            self._engine.step()
+            norm = self._engine.get_global_grad_norm()
+            return (None if norm is None else float(norm)), bool(self._engine.was_step_applied())
+        gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        applied = math.isfinite(norm)
+        if applied:
+            self._engine.step()
+        else:
+            # Plain fp32 without ZeRO has no guard of its own: drop the gradients and count the micro-batch as done.
+            self._engine.zero_grad()
+            self._engine.micro_steps += 1
+        return norm, applied
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """The student's logits [B, C] in evaluation mode, fp32, on the CPU."""
+        self._engine.eval()
+        return self._engine(batch, None)[0].cpu()
+
+    def student_state(self) -> dict[str, Tensor] | None:
+        """The student's whole state on rank 0 (CPU tensors), None elsewhere. Collective."""
+        model = self._module.student.model
+        names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
+        state: dict[str, Tensor] = {}
+        for parameter in model.parameters():
+            with whole_parameters([parameter]):
+                if distributed.rank() == 0:
+                    state[names[id(parameter)]] = parameter.detach().cpu().clone()
+        if distributed.rank() != 0:
+            return None
+        persistent = model.state_dict().keys()
+        state.update({name: b.detach().cpu().clone() for name, b in model.named_buffers() if name in persistent})
+        return state
+
+    def _describe_rows(self, rows: Tensor, names: list[str], batch: Batch) -> list[str]:
+        """Which term of which rows is not finite, as text. rows: [terms, B]."""
+        complaints = []
+        for name, values in zip(names, rows, strict=True):
+            bad = ~torch.isfinite(values)
+            if bool(bad.any()):
+                numbers = self._row_numbers(batch.row_ids[: batch.num_rows][bad])
+                complaints.append(f"loss term {name!r} = {values[bad][0].item()}; rows {numbers}")
+        return complaints
+
+    def _row_numbers(self, row_ids: Tensor) -> str:
+        numbers = self._source_rows[row_ids.cpu().numpy()].tolist()
+        return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+
+    def save(self, folder: Path) -> None:
+        """Write everything that training needs to go on, on every rank."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, with the same number of ranks."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found no state of this ZeRO stage and number of ranks in {folder}")
+
+
+@contextlib.contextmanager
+def whole_parameters(parameters: Sequence[nn.Parameter], modify: bool = False) -> Iterator[None]:
+    """Gather ZeRO-3 partitioned parameters for reading, or for rank 0 to write; others pass as they are."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    with GatheredParameters(partitioned, modifier_rank=0 if modify else None, enabled=bool(partitioned)):
+        yield
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices; none for biases and normalisation weights."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    shape = [(p, getattr(p, "ds_shape", p.shape)) for p in trained]
+    return [
+        {"params": [p for p, s in shape if len(s) > 1], "weight_decay": weight_decay},
+        {"params": [p for p, s in shape if len(s) <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _adamw(module: nn.Module, training: Training, config: dict[str, Any]) -> torch.optim.Optimizer:
+    groups = [group for group in _parameter_groups(module, training.weight_decay) if group["params"]]
+    betas = (training.betas[0], training.betas[1])
+    options = {"lr": training.learning_rate, "betas": betas, "eps": training.epsilon}
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _non_finite_message(step: int, everyone: list[str]) -> str:
+    return (
+        f"step {step + 1}: not finite: {'; '.join(everyone)} (row numbers of the training data, from 0). "
+        'The last checkpoint is intact. Lower training.learning_rate, look at these rows, or set training.non_finite to "skip".'
+    )

@@ -1,0 +1,274 @@
+"""From a configuration to the parts of a run: tokenizer, rows, teacher, student, DeepSpeed's configuration."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from datasets import Dataset
+
+from mixkd_fast import distributed
+from mixkd_fast.configuration import BatchArithmetic, Config, batch_arithmetic
+from mixkd_fast.console import human_count, print_summary
+from mixkd_fast.data.batching import Padding
+from mixkd_fast.data.loading import load_splits
+from mixkd_fast.data.tasks import TaskSpec
+from mixkd_fast.data.tokenization import TokenRows, default_cache_dir, tokenize_rows
+from mixkd_fast.deepspeed_config import student_deepspeed_config
+from mixkd_fast.engine import Engine
+from mixkd_fast.errors import ConfigurationError, MixKDError, ModelError
+from mixkd_fast.facts import device_name, used_backends
+from mixkd_fast.models import (
+    Encoder,
+    check_max_length,
+    check_num_labels,
+    check_same_tokenizer,
+    check_vocabulary,
+    count_parameters,
+    describe_model,
+    load_student_encoder,
+    load_teacher_encoder,
+    load_tokenizer,
+    teacher_source,
+)
+from mixkd_fast.teacher import (
+    ShardedTeacher,
+    largest_layer_numel,
+    load_sharded_teacher,
+    require_memory_for_layer,
+    shard_loaded_teacher,
+)
+
+AnyTeacher = Encoder | ShardedTeacher
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Objects that a caller of the Python API hands over in place of names."""
+
+    teacher: torch.nn.Module | None = None
+    student: torch.nn.Module | None = None
+    tokenizer: Any | None = None
+    train: Dataset | None = None
+    evaluation: Dataset | Mapping[str, Dataset] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything the loop needs."""
+
+    spec: TaskSpec
+    tokenizer: Any
+    padding: Padding
+    train: TokenRows
+    evaluation: dict[str, TokenRows]
+    num_extra_rows: int
+    teacher: AnyTeacher | None
+    student: Encoder
+    num_student_parameters: int
+    notes: list[str]
+    deepspeed_config: dict[str, Any]
+
+    def data_summary(self) -> dict[str, Any]:
+        """What reports say about the rows."""
+        return {
+            "train_rows": len(self.train),
+            "extra_rows": self.num_extra_rows,
+            "evaluation_rows": {split: len(rows) for split, rows in self.evaluation.items()},
+            "max_length": self.train.max_length,
+            "mean_length": float(self.train.lengths.mean()),
+            "truncated_rows": self.train.num_truncated,
+            "content_hash": self.train.content_hash,
+        }
+
+
+def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
+    """Load and check everything. Collective.
+
+    Raises: ConfigurationError, DataError or ModelError for what does not exist or does not fit together.
+    """
+    training, teacher_section = config.training, config.teacher
+    if config.method.uses_teacher and teacher_section is None:
+        raise ConfigurationError(
+            f'teacher is missing: method "{config.method.name}" imitates one; add a teacher section, '
+            'or use method "finetune"'
+        )
+    arithmetic = batch_arithmetic(training, distributed.world_size())
+    deepspeed_config = student_deepspeed_config(config, arithmetic)
+    if training.precision == "fp16" and device.type == "cpu":
+        raise ConfigurationError('training.precision = "fp16" needs a GPU; on the CPU use "fp32" or "bf16"')
+    tokenizer = _tokenizer(config, loaded)
+    splits = load_splits(config.task, loaded.train, loaded.evaluation)
+    spec = splits.spec
+    cache_dir = Path(config.task.cache_dir) if config.task.cache_dir else default_cache_dir()
+
+    def tokenise(rows: Dataset) -> TokenRows:
+        return first_on_rank_zero(lambda: tokenize_rows(rows, tokenizer, config.task.max_length, cache_dir))
+
+    train = tokenise(splits.train)
+    evaluation = {split: tokenise(rows) for split, rows in splits.evaluation.items()}
+    teacher = None
+    if teacher_section is not None:
+        teacher = _teacher(config, loaded, spec, tokenizer, arithmetic, device)
+    student, notes = _student(config, loaded, spec, tokenizer)
+    num_parameters = count_parameters(student.model)
+    if training.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable()
+    if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
+        require_memory_for_layer(
+            "deepspeed.zero_optimization.stage", largest_layer_numel(student.model), training.precision, device
+        )
+    return Prepared(
+        spec=spec,
+        tokenizer=tokenizer,
+        padding=Padding.of(tokenizer),
+        train=train,
+        evaluation=evaluation,
+        num_extra_rows=splits.num_extra_rows,
+        teacher=teacher,
+        student=student,
+        num_student_parameters=num_parameters,
+        notes=notes,
+        deepspeed_config=deepspeed_config,
+    )
+
+
+def first_on_rank_zero(work: Callable[[], T]) -> T:
+    """Let rank 0 do cacheable work first; the others then find it done. An error of rank 0 is everybody's."""
+    result, error = None, None
+    if distributed.rank() == 0:
+        try:
+            result = work()
+        except (MixKDError, OSError) as caught:
+            error = caught
+    message = distributed.first_error(error)
+    if error is not None:
+        raise error
+    if message is not None:
+        raise MixKDError(f"rank 0 failed: {message}")
+    return work() if result is None else result
+
+
+def _tokenizer(config: Config, loaded: Loaded) -> Any:
+    """The tokenizer both models share."""
+    section, teacher = config.student, config.teacher
+    if loaded.tokenizer is not None:
+        return loaded.tokenizer
+    student_name, field = section.tokenizer, "student.tokenizer"
+    if student_name is None:
+        student_name, field = section.model, "student.model"
+        if loaded.student is not None:
+            student_name, field = _name_or_path(loaded.student, "student"), "student"
+    teacher_name = teacher.model if teacher is not None else None
+    if loaded.teacher is not None:
+        teacher_name = _name_or_path(loaded.teacher, "teacher")
+    if student_name is None and teacher_name is None:
+        if config.task.name == "demo":
+            from mixkd_fast.data.demo import train_demo_tokenizer
+
+            return train_demo_tokenizer()
+        raise ConfigurationError("student.tokenizer is missing: neither student.model nor a teacher brings a tokenizer")
+    remote = section.trust_remote_code or (teacher is not None and teacher.trust_remote_code)
+    student_tokenizer = None
+    if student_name is not None:
+        revision = section.revision if field == "student.model" else None
+        student_tokenizer = load_tokenizer(student_name, revision, remote, field)
+    if teacher_name is None:
+        return student_tokenizer
+    revision = teacher.revision if teacher is not None and loaded.teacher is None else None
+    teacher_tokenizer = load_tokenizer(teacher_name, revision, remote, "teacher.model")
+    if student_tokenizer is None:
+        return teacher_tokenizer
+    check_same_tokenizer(teacher_tokenizer, student_tokenizer)
+    return student_tokenizer
+
+
+def _name_or_path(model: torch.nn.Module, which: str) -> str:
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        raise ConfigurationError(
+            f"tokenizer is missing: the loaded {which} does not know where it came from; pass tokenizer="
+        )
+    return str(name)
+
+
+def _teacher(
+    config: Config, loaded: Loaded, spec: TaskSpec, tokenizer: Any, arithmetic: BatchArithmetic, device: torch.device
+) -> AnyTeacher:
+    section = config.teacher
+    assert section is not None
+    precision = section.precision or config.training.precision
+    if loaded.teacher is not None:
+        check_num_labels(loaded.teacher.config, spec.num_labels, spec.label_names)
+        encoder = Encoder(loaded.teacher.eval().requires_grad_(False))
+        check_vocabulary(encoder.model, tokenizer, "teacher")
+        check_max_length(encoder.config, config.task.max_length, "teacher")
+        if section.zero_stage == 3:
+            return shard_loaded_teacher(section, encoder, precision, arithmetic.micro_batch_size, device)
+        return encoder.to(device)
+    source = teacher_source(section)
+    check_max_length(source.config, config.task.max_length, "teacher")
+    check_num_labels(source.config, spec.num_labels, spec.label_names)
+    if section.zero_stage == 3:
+        check_vocabulary(source.skeleton(), tokenizer, "teacher")
+        return load_sharded_teacher(section, source, precision, arithmetic.micro_batch_size, device)
+    encoder = load_teacher_encoder(section, spec.num_labels, spec.kind, spec.label_names, precision)
+    check_vocabulary(encoder.model, tokenizer, "teacher")
+    return encoder.to(device)
+
+
+def _student(config: Config, loaded: Loaded, spec: TaskSpec, tokenizer: Any) -> tuple[Encoder, list[str]]:
+    if loaded.student is not None:
+        student, notes = Encoder(loaded.student), ["student: the loaded model, trained in place"]
+        width = student.config.num_labels
+        if width != spec.num_labels:
+            raise ModelError(f"the loaded student has {width} labels; the task has {spec.num_labels}")
+        check_vocabulary(student.model, tokenizer, "student")
+    else:
+        student, notes = load_student_encoder(
+            config.student,
+            loaded.teacher if loaded.teacher is not None else config.teacher,
+            tokenizer,
+            spec.num_labels,
+            spec.kind,
+            spec.label_names,
+            config.training.seed,
+        )
+    check_max_length(student.config, config.task.max_length, "student")
+    return student, notes
+
+
+def print_start(config: Config, parts: Prepared, engine: Engine, arithmetic: BatchArithmetic, steps: int) -> None:
+    """The start-up summary: models, parameters, data, batch arithmetic, ZeRO stages, backends and why."""
+    training, data = config.training, parts.data_summary()
+    facts = {"task": f"{parts.spec.name}, {parts.spec.kind}, {parts.spec.num_labels} outputs"}
+    if parts.teacher is not None and config.teacher is not None:
+        facts["teacher"] = f"{config.teacher.model}: {_describe(parts.teacher.model)}; ZeRO {config.teacher.zero_stage}"
+    facts["student"] = f"{_describe(parts.student.model)}; ZeRO {engine.zero_stage}; {training.precision}"
+    for note in parts.notes:
+        facts["student"] += f"\n{'':<12}{note}"
+    options = config.method.model_dump(exclude={"name"})
+    facts["method"] = f"{config.method.name} {json.dumps(options)}" if options else config.method.name
+    rows = ", ".join(f"{split} {count:,}" for split, count in data["evaluation_rows"].items())
+    truncated = f"; {data['truncated_rows']:,} rows cut at {data['max_length']}" if data["truncated_rows"] else ""
+    facts["data"] = f"train {data['train_rows']:,}, {rows}; {data['mean_length']:.1f} tokens a row{truncated}"
+    facts["batch"] = (
+        f"{arithmetic.batch_size} rows = {arithmetic.micro_batch_size} a micro-batch x {arithmetic.accumulation} "
+        f"accumulated x {arithmetic.ranks} ranks; {steps:,} steps"
+    )
+    facts["device"] = f"{device_name(engine.device)}, {distributed.world_size()} ranks"
+    for op, selection in used_backends(engine.device).items():
+        facts[op] = f"{selection['name']}: {selection['reason']}"
+    facts["folder"] = config.output.directory
+    print_summary("mixkd_fast", facts)
+
+
+def _describe(model: torch.nn.Module) -> str:
+    kind = describe_model(model)
+    return (
+        f"{kind['model_type']}, {kind['layers']} layers x {kind['hidden_size']}, "
+        f"{human_count(count_parameters(model))} parameters"
+    )

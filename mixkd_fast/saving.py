@@ -1,0 +1,42 @@
+"""Writing a student as transformers does, and reading it back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+
+def save_model(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
+    """Save a transformers model with the given weights (safetensors), its configuration and its tokenizer."""
+    try:
+        with quiet():
+            model.save_pretrained(folder, state_dict=weights)
+    except SafetensorError as error:
+        raise OSError(f"safetensors: {error}") from error  # the library's own class for a disk that is full
+    tokenizer.save_pretrained(folder)
+
+
+def load_model(folder: Path) -> tuple[nn.Module, Any]:
+    """A saved sequence-classification model in evaluation mode, and its tokenizer."""
+    with quiet():
+        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back transformers' reports and bars."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,144 @@
+"""A frozen teacher partitioned over the ranks by DeepSpeed ZeRO-3, with the same face as an `Encoder` in memory.
+
+The teacher's stage does not depend on the student's. Its parameters are created partitioned, and filled tensor by
+tensor from safetensors files, so that no rank ever holds the whole teacher.
+"""
+
+import ctypes
+import platform
+from typing import Any
+
+import deepspeed
+import psutil
+import torch
+from torch import nn
+
+from mixkd_fast.configuration import Precision, Teacher
+from mixkd_fast.data.batching import Batch
+from mixkd_fast.deepspeed_config import teacher_zero3_config
+from mixkd_fast.engine import whole_parameters
+from mixkd_fast.errors import ModelError
+from mixkd_fast.mix import Mixing
+from mixkd_fast.models import Encoder, ModelSource
+
+_M_MMAP_THRESHOLD = -3  # of <malloc.h>
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class ShardedTeacher:
+    """An `Encoder` whose parameters are gathered layer by layer during its forward. Calls are collective."""
+
+    def __init__(self, encoder: Encoder, zero_config: dict[str, Any]) -> None:
+        encoder.requires_grad_(False)
+        self.encoder = encoder
+        self._engine, *_ = deepspeed.initialize(model=_Dispatch(encoder), config=zero_config)
+        self._engine.eval()
+
+    @property
+    def model(self) -> nn.Module:
+        """The transformers model, its parameters partitioned."""
+        return self.encoder.model
+
+    @torch.no_grad()
+    def clean(self, batch: Batch, **options: Any) -> Any:
+        """The plain forward of the batch's clean rows; see `Encoder.clean`."""
+        return self._engine(batch, None, options)
+
+    @torch.no_grad()
+    def mixed(self, batch: Batch, mixing: Mixing, **options: Any) -> Any:
+        """The forward of the batch's mixed rows; see `Encoder.mixed`."""
+        return self._engine(batch, mixing, options)
+
+
+class _Dispatch(nn.Module):
+    """One module call per forward, whichever rows are wanted: ZeRO-3 hooks the outermost module."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, batch: Batch, mixing: Mixing | None, options: dict[str, Any]) -> Any:
+        if mixing is None:
+            return self.encoder.clean(batch, **options)
+        return self.encoder.mixed(batch, mixing, **options)
+
+
+def load_sharded_teacher(
+    section: Teacher, source: ModelSource, precision: Precision, micro_batch_size: int, device: torch.device
+) -> ShardedTeacher:
+    """Build the teacher partitioned over the ranks and fill it from its safetensors files. Collective.
+
+    Raises: ModelError when not even the largest layer fits in a rank's free memory, or weights are missing.
+    """
+    largest = largest_layer_numel(source.skeleton())
+    require_memory_for_layer("teacher.zero_stage", largest, precision, device)
+    config = teacher_zero3_config(section, largest, micro_batch_size, precision)
+    if device.type == "cpu":
+        return_freed_memory()
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = source.build_empty()
+    fill_partitioned(model, source)
+    return ShardedTeacher(Encoder(model), config)
+
+
+def shard_loaded_teacher(
+    section: Teacher, encoder: Encoder, precision: Precision, micro_batch_size: int, device: torch.device
+) -> ShardedTeacher:
+    """Partition a teacher that the caller has already loaded. Collective."""
+    largest = largest_layer_numel(encoder.model)
+    require_memory_for_layer("teacher.zero_stage", largest, precision, device)
+    config = teacher_zero3_config(section, largest, micro_batch_size, precision)
+    deepspeed.zero.Init(module=encoder.model, config_dict_or_path=config)
+    return ShardedTeacher(encoder, config)
+
+
+def fill_partitioned(model: nn.Module, source: ModelSource) -> None:
+    """Copy the source's tensors, one at a time, into a partitioned model; rank 0 reads, every rank keeps its part."""
+    parameters = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    missing = set(parameters)
+    for name, read in source.tensors():
+        if name in parameters:
+            with whole_parameters([parameters[name]], modify=True):
+                if torch.distributed.get_rank() == 0:
+                    parameters[name].data.copy_(read())
+            missing.discard(name)
+        elif name in buffers:
+            buffers[name].copy_(read())
+    if missing:
+        raise ModelError(f"teacher.model = {source.name!r}: no weights for {', '.join(sorted(missing)[:5])}")
+
+
+def largest_layer_numel(model: nn.Module) -> int:
+    """Parameters of the largest part that ZeRO-3 gathers at once: a repeated layer, or a single module outside them."""
+    sizes = [1]
+    layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+    sizes += [sum(_numel(p) for p in layer.parameters()) for layer in layers]
+    sizes += [sum(_numel(p) for p in module.parameters(recurse=False)) for module in model.modules()]
+    return max(sizes)
+
+
+def require_memory_for_layer(field: str, largest_numel: int, precision: Precision, device: torch.device) -> None:
+    """ZeRO-3 must gather one layer at a time: refuse when the largest does not fit in what is free now."""
+    needed = largest_numel * _BYTES[precision]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ModelError(
+            f"{field} = 3: the largest layer has {largest_numel:,} parameters and needs {needed / 2**30:,.1f} GiB in "
+            f"{precision} on every rank while it runs, but {free / 2**30:,.1f} GiB are free. "
+            "Use a device with more memory, a smaller model or a lower precision"
+        )
+
+
+def return_freed_memory() -> None:
+    """Let glibc give freed tensors back to the system at once, instead of keeping holes as large as the teacher.
+
+    Its threshold for blocks of their own grows with use up to 32 MiB, above the size of most layers; a fixed one
+    costs page faults on large temporaries, which a teacher that hardly fits is worth.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,0 +1,127 @@
+"""The layers of the package: imports point one way, heavy dependencies have one home, names shadow nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy import ROOT, environment
+
+PACKAGE = ROOT / "mixkd_fast"
+# From the top down; a module imports only from its own layer or from layers below it.
+LAYERS = [
+    {"cli", "train"},
+    {"cli_evaluate", "cli_config", "distillation"},
+    {"summary"},
+    {"run"},
+    {"preparation"},
+    {"teacher"},
+    {"engine"},
+    {"compare", "evaluation", "interrupt", "model_card", "models", "report", "run_folder", "saving", "schedule"},
+    {"pretrained", "student_layers"},
+    {"model_checks"},
+    {"checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
+    {"configuration", "distributed"},
+    {"config_errors", "strict_json"},
+    {"methods"},
+    {"losses", "mix"},
+    {"errors", "ops", "section", "version"},
+]
+HOMES = {
+    "deepspeed": {"engine", "teacher"},
+    "transformers": {"models", "pretrained", "saving", "data.demo.tokenizer"},
+    "matplotlib": {"page", "report", "compare"},
+}
+
+
+def _modules() -> dict[str, ast.Module]:
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE]
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+        for path in files
+    }
+
+
+def _imports(tree: ast.Module, typing_only_too: bool = False) -> set[str]:
+    """Every module named in an import, without those under `if TYPE_CHECKING`."""
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            skipped.update(child for statement in node.body for child in ast.walk(statement))
+    found = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, "absolute imports only: the script form puts the package folder on the path"
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names if node.module == "mixkd_fast")
+    return found
+
+
+def test_every_module_has_a_layer() -> None:
+    known = set().union(*LAYERS)
+    assert {name.partition(".")[0] for name in _modules()} == known
+
+
+def test_imports_point_one_way() -> None:
+    level = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+    wrong = []
+    for name, tree in _modules().items():
+        here = name.partition(".")[0]
+        for target in _imports(tree):
+            parts = target.split(".")
+            if parts[0] == "mixkd_fast" and len(parts) > 1 and parts[1] in level and level[parts[1]] < level[here]:
+                wrong.append(f"{name} imports {target}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_heavy_dependencies_have_one_home(package: str) -> None:
+    users = {n for n, tree in _modules().items() if any(i.partition(".")[0] == package for i in _imports(tree))}
+    assert users <= HOMES[package]
+
+
+def test_no_module_shadows_another_package() -> None:
+    """`deepspeed mixkd_fast/train.py` puts the package folder on the path."""
+    installed = {"datasets", "deepspeed", "evaluate", "matplotlib", "ninja", "numpy", "torch", "transformers", "triton"}
+    own = {path.stem for path in PACKAGE.iterdir() if path.stem != "__init__"}
+    assert not own & (installed | set(sys.stdlib_module_names))
+
+
+def test_losses_need_torch_alone() -> None:
+    """`pip install mixkd-fast` without extras: everything but torch's own needs is hidden."""
+    code = """
+import importlib.abc, sys
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"transformers", "datasets", "deepspeed", "pydantic", "scipy", "sklearn",
+                                      "matplotlib", "tqdm", "psutil", "safetensors", "tokenizers"}:
+            raise ModuleNotFoundError(f"{name} is hidden", name=name)
+sys.meta_path.insert(0, Hide())
+import torch
+from mixkd_fast import KDLoss, kd_loss, __version__
+student = torch.randn(4, 3, requires_grad=True)
+kd_loss(student, torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), temperature=2.0, ce_weight=1.0).backward()
+assert student.grad.abs().sum() > 0 and torch.isfinite(KDLoss(temperature=2.0)(student, torch.randn(4, 3)))
+try:
+    from mixkd_fast import distill
+except ModuleNotFoundError as error:
+    print("distill needs", error.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("distill needs ")
+
+
+def test_train_script_stays_thin() -> None:
+    assert len((PACKAGE / "train.py").read_text().splitlines()) < 80
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    folders = (PACKAGE, ROOT / "tests", ROOT / "benchmarks", ROOT / "examples")
+    files = [path for folder in folders for path in Path(folder).rglob("*.py")]
+    assert not {str(path): n for path in files if (n := len(path.read_text().splitlines())) > 400}
