@@ -47,8 +47,8 @@ class Setting:
 
 SETTINGS = {
     "mnli": Setting(4000, 2.0, 64, 1, ("validation_matched", "validation_mismatched")),
-    "sst2": Setting(4000, 2.0, 64, 1),
-    "rte": Setting(None, 2.0, 64, 3),
+    "sst2": Setting(2000, 2.0, 64, 1),
+    "rte": Setting(None, 1.0, 64, 3),
 }
 
 

@@ -12,6 +12,7 @@ from mixkd_fast.page import bar_plot, line_plot, number, page, table
 from mixkd_fast.report import curves_of, read_records
 
 Cells = list[list[object]]
+_EXPLAINING = {"nll", "ece", "mse", "teacher_agreement", "kl_to_teacher", "teacher_mse"}
 _COMMON = {"teacher_agreement": "agreement", "kl_to_teacher": "KL to teacher"}
 
 
@@ -29,9 +30,14 @@ def compare(directories: Sequence[Path]) -> tuple[list[str], Cells]:
             for metric in values
         )
     )
+    # What explains a figure is given for the first split alone; the task's own metrics for each.
+    names = [(split, metric) for split, metric in names if split == names[0][0] or metric not in _EXPLAINING]
     one_split = len({split for split, _ in names}) == 1
-    labels = [_COMMON.get(m, m) if one_split else f"{s}: {_COMMON.get(m, m)}" for s, m in names]
+    start = names[0][0].partition("_")[0] + "_" if names else ""
+    shared = start if all(split.startswith(start) for split, _ in names) else ""
+    labels = [_COMMON.get(m, m) if one_split else f"{s.removeprefix(shared)}: {_COMMON.get(m, m)}" for s, m in names]
     header = ["model", *labels, "parameters", "train samples/s", "train seconds", "inference samples/s"]
+    label_of = _labels(directories)
     rows: Cells = []
     seen: set[str] = set()
     for summary in summaries:
@@ -39,12 +45,12 @@ def compare(directories: Sequence[Path]) -> tuple[list[str], Cells]:
         if teacher and teacher["model"] not in seen:
             seen.add(teacher["model"])
             figures = [teacher["metrics"].get(split, {}).get(metric) for split, metric in names]
-            rate = summary["inference"]["teacher_samples_per_s"]
+            rate = summary.get("inference", {}).get("teacher_samples_per_s")
             rows.append([f"teacher {teacher['model']}", *figures, teacher["parameters"], None, None, rate])
     for path, summary in zip(directories, summaries, strict=True):
         figures = [summary["metrics"].get(split, {}).get(metric) for split, metric in names]
-        training, rate = summary["training"], summary["inference"]["samples_per_s"]
-        label = f"{summary['method']} ({path.name})"
+        training, rate = summary["training"], summary.get("inference", {}).get("samples_per_s")
+        label = f"{summary['method']} ({label_of[path]})"
         rows.append(
             [label, *figures, summary["student"]["parameters"], training["samples_per_s"], training["seconds"], rate]
         )
@@ -75,14 +81,14 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
         plots.append(bar_plot(f"{header[1]}, best evaluation", scores))
     losses: dict[str, Any] = {}
     metric: dict[str, Any] = {}
-    for directory in directories:
+    for directory, label in _labels(directories).items():
         records, _ = read_records(directory / "metrics.jsonl")
-        losses |= curves_of(records, "train", {"loss": directory.name})
+        losses |= curves_of(records, "train", {"loss": label})
         evaluations = [r for r in records if r["kind"] == "evaluation"]
         if evaluations:
             split, name = evaluations[0]["split"], next(iter(evaluations[0]["metrics"]))
             chosen = [r for r in evaluations if r["split"] == split]
-            metric[directory.name] = ([r["step"] for r in chosen], [r["metrics"].get(name) for r in chosen])
+            metric[label] = ([r["step"] for r in chosen], [r["metrics"].get(name) for r in chosen])
     plots += [
         line_plot(f"{header[1]} over steps", metric, marks=True),
         line_plot("Training loss (sums of each method's own terms)", losses),
@@ -93,11 +99,20 @@ def write_comparison(directories: Sequence[Path], path: Path) -> Path:
     return path
 
 
+def _labels(directories: Sequence[Path]) -> dict[Path, str]:
+    """The folders' names, or whole paths where two have the same name."""
+    names = {path: path.resolve().name for path in directories}
+    return {path: name if list(names.values()).count(name) == 1 else str(path) for path, name in names.items()}
+
+
 def _summary(directory: Path) -> dict[str, Any]:
     path = directory / "summary.json"
     if not path.is_file():
         raise DataError(f"{directory} holds no finished run: summary.json is missing")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not readable JSON: {error}") from error
     return content
 
 
@@ -112,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reports = [run / "report.html" for run in options.runs if (run / "report.html").is_file()]
         if options.html:
             reports.insert(0, write_comparison(options.runs, options.html))
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for report in reports:

@@ -12,7 +12,7 @@ from mixkd_fast.section import Section
 
 
 def explain(error: ValidationError, root: type[Section], prefix: str = "") -> ConfigurationError:
-    """One error with a line per problem. Args: prefix = dotted name of the validated section, if it is not the whole."""
+    """One error with a line per problem. Args: prefix = dotted name of the section, if it is not the whole."""
     lines = [_line(problem, root, prefix) for problem in error.errors()]
     if len(lines) == 1:
         return ConfigurationError(lines[0])

@@ -32,7 +32,7 @@ class Task(Section):
     """What is learned: a known task by name, a hub data set, or the user's own files."""
 
     name: str = "custom"
-    """A GLUE task (mnli, qqp, qnli, sst2, mrpc, rte, cola, stsb), "demo", or any other name with `hub` or `train_files`."""
+    """mnli, qqp, qnli, sst2, mrpc, rte, cola, stsb, demo; or any other name with `hub` or `train_files`."""
     hub: str | None = None
     """Hub data set, such as "nyu-mll/glue"; null takes the known task's own."""
     hub_config: str | None = None
@@ -43,7 +43,7 @@ class Task(Section):
     """Local training files (csv, tsv, jsonl, json, parquet); they replace the hub data set."""
     evaluation_files: dict[str, list[str]] | None = None
     """Split name -> local files. The first split is the one that picks the best checkpoint."""
-    extra_train_files: list[str] = []
+    extra_train_files: list[str] = Field(default=[])
     """More training rows of the same columns (back-translation or other augmentation), appended whole."""
     text_column: str | None = None
     """Column of the first text; null takes the known task's."""
@@ -175,7 +175,9 @@ class Training(Section):
     """Peak learning rate of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay; not applied to biases and normalisation weights."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        default=[0.9, 0.999]
+    )
     """AdamW's coefficients of the running averages."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's denominator term."""
@@ -236,7 +238,7 @@ class Config(Section):
     method: AnyMethod = MixKD()
     training: Training = Training()
     output: Output = Output()
-    deepspeed: dict[str, Any] | str = {}
+    deepspeed: dict[str, Any] | str = Field(default={})
     """DeepSpeed's own configuration, inline or the path of a JSON file; it reaches DeepSpeed untouched."""
 
     @model_validator(mode="after")

@@ -93,5 +93,6 @@ def _fill_optimizer(result: dict[str, Any], training: Training) -> None:
 
 def _contradiction(key: str, value: Any, source: str, ours: Any) -> ConfigurationError:
     return ConfigurationError(
-        f'deepspeed.{key} = {value!r} contradicts {source} = {ours!r}: leave it out of the deepspeed section, or say "auto"'
+        f"deepspeed.{key} = {value!r} contradicts {source} = {ours!r}: leave it out of the deepspeed section, "
+        'or say "auto"'
     )

@@ -56,8 +56,10 @@ def distill(
     Args:
         task: task section, or the name of a known task; may be left out when `train` and `evaluation` are given and
             their columns have usual names (sentence or text, premise + hypothesis, ..., and label).
-        teacher: hub name or folder, teacher section, or a loaded sequence-classification model.
-        student: likewise; a loaded student is trained in place. None starts from the teacher's layers.
+        teacher: hub name or folder, a loaded sequence-classification model, or a teacher section (whose "model" may
+            be a loaded model too: `{"model": model, "zero_stage": 3}`).
+        student: hub name or folder, a loaded model (trained in place), or a student section; None starts from the
+            teacher's layers.
         train, evaluation: `datasets.Dataset` objects (evaluation also split name -> Dataset) instead of the task's.
         method: `MixKD(...)`, `KD(...)`, `FineTune(...)`, or a mapping with "name"; MixKD() by default.
         training, output, deepspeed: sections of the configuration; `output` may be just the folder.
@@ -69,8 +71,9 @@ def distill(
     Raises: ConfigurationError, DataError, ModelError for bad input, each naming the field; NonFiniteError,
     CheckpointError, Interrupted while running.
     """
+    loaded_teacher = teacher.get("model") if isinstance(teacher, Mapping) else teacher
     loaded = Loaded(
-        teacher if isinstance(teacher, torch.nn.Module) else None,
+        loaded_teacher if isinstance(loaded_teacher, torch.nn.Module) else None,
         student if isinstance(student, torch.nn.Module) else None,
         tokenizer,
         train,
@@ -116,7 +119,9 @@ def run_config(config: Config, loaded: Loaded | None = None, resume: bool = Fals
 
 
 def _model_fields(value: Any) -> Any:
-    """A model argument as the fields of its section."""
+    """A model argument as the fields of its section, a loaded model described by its class."""
     if isinstance(value, torch.nn.Module):
         return {"model": f"(loaded {type(value).__name__})"}
+    if isinstance(value, Mapping) and isinstance(value.get("model"), torch.nn.Module):
+        return {**value, **_model_fields(value["model"])}
     return {"model": value} if isinstance(value, str) else value

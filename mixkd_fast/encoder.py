@@ -164,7 +164,7 @@ class Encoder(nn.Module):
             )
 
     def _embedding_module(self) -> nn.Module:
-        container = self._container
+        container: nn.Module = self._container
         # A table directly in the model has no module of its own whose output could be mixed.
         if hasattr(container, "get_input_embeddings"):
             raise ModelError(

@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime.zero import GatheredParameters
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mixkd_fast import distributed
 from mixkd_fast.configuration import Training
@@ -36,17 +37,18 @@ def start_distributed(device: torch.device) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on this one
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        alone = (
-            {} if distributed.is_launched() else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        )
-        torch.distributed.init_process_group(backend, timeout=_TIMEOUT, **alone)
+        if distributed.is_launched():
+            torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
+        else:
+            alone = HashStore()
+            torch.distributed.init_process_group(backend, timeout=_TIMEOUT, store=alone, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
 class DistillationModule(nn.Module):
     """Student, the method's own modules, and the loss: one forward per micro-batch, as ZeRO-3's hooks want it."""
 
-    def __init__(self, student: Encoder, teacher: Encoder | None, extras: nn.Module | None, method: Method) -> None:
+    def __init__(self, student: Encoder, teacher: Any | None, extras: nn.Module | None, method: Method) -> None:
         super().__init__()
         self.student = student
         self.extras = extras
@@ -132,9 +134,8 @@ class Engine:
         assert sums is not None
         tokens = sum(batch.num_tokens for batch in batches)
         totals = torch.cat([sums, sums.new_tensor([tokens, len(complaints)])])
-        totals = distributed.sum_over_ranks(totals).tolist()
-        bad_rows = totals.pop() > 0
-        num_tokens = int(totals.pop())
+        *term_totals, num_tokens, num_bad = distributed.sum_over_ranks(totals).tolist()
+        bad_rows = num_bad > 0
         if bad_rows and self.training.non_finite == "stop":
             everyone = [text for texts in distributed.gather_objects(complaints) for text in texts]
             raise NonFiniteError(_non_finite_message(moment.step, everyone))
@@ -144,10 +145,10 @@ class Engine:
             everyone = [f"a gradient; rows {self._row_numbers(ids)} of rank {distributed.rank()}"]
             everyone = [text for texts in distributed.gather_objects(everyone) for text in texts]
             raise NonFiniteError(_non_finite_message(moment.step, everyone))
-        terms_mean = {name: total / batch_size for name, total in zip(names, totals, strict=True)}
+        terms_mean = {name: total / batch_size for name, total in zip(names, term_totals, strict=True)}
         if applied:
             self._module.method.after_step(self._module.student, self._module.extras, moment)
-        return StepResult(sum(terms_mean.values()), terms_mean, grad_norm, not applied, num_tokens)
+        return StepResult(sum(terms_mean.values()), terms_mean, grad_norm, not applied, int(num_tokens))
 
     def _update(self) -> tuple[float | None, bool]:
         """Clip and apply. Returns the gradient norm and whether the update was applied (finite gradients)."""
@@ -170,7 +171,8 @@ class Engine:
     def logits(self, batch: Batch) -> Tensor:
         """The student's logits [B, C] in evaluation mode, fp32, on the CPU."""
         self._engine.eval()
-        return self._engine(batch, None)[0].cpu()
+        logits: Tensor = self._engine(batch, None)[0]
+        return logits.cpu()
 
     def student_state(self) -> dict[str, Tensor] | None:
         """The student's whole state on rank 0 (CPU tensors), None elsewhere. Collective."""
@@ -232,18 +234,19 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
 
 def _adamw(module: nn.Module, training: Training, config: dict[str, Any]) -> torch.optim.Optimizer:
     groups = [group for group in _parameter_groups(module, training.weight_decay) if group["params"]]
-    betas = (training.betas[0], training.betas[1])
-    options = {"lr": training.learning_rate, "betas": betas, "eps": training.epsilon}
+    rate, betas, epsilon = training.learning_rate, (training.betas[0], training.betas[1]), training.epsilon
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+        offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=rate, betas=betas, eps=epsilon, adamw_mode=True)
+        return offloaded
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)
 
 
 def _non_finite_message(step: int, everyone: list[str]) -> str:
     return (
         f"step {step + 1}: not finite: {'; '.join(everyone)} (row numbers of the training data, from 0). "
-        'The last checkpoint is intact. Lower training.learning_rate, look at these rows, or set training.non_finite to "skip".'
+        "The last checkpoint is intact. Lower training.learning_rate, look at these rows, or set training.non_finite "
+        'to "skip".'
     )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from mixkd_fast.data.batching import Batch, EvaluationBatches, Padding
 from mixkd_fast.data.tokenization import TokenRows
 from mixkd_fast.metrics import evaluate_predictions
 
-Logits = NDArray[np.float32]
+Logits = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 Legend of shape suffixes: N rows, C classes.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
@@ -13,7 +15,10 @@ Floats = NDArray[np.float64]
 
 
 def evaluate_predictions(
-    logits: NDArray[np.floating], labels: NDArray[np.generic], names: list[str], teacher_logits: Floats | None = None
+    logits: NDArray[np.floating[Any]],
+    labels: NDArray[np.generic],
+    names: list[str],
+    teacher_logits: NDArray[np.floating[Any]] | None = None,
 ) -> dict[str, float]:
     """All figures of one evaluation.
 
@@ -47,8 +52,9 @@ def expected_calibration_error(probabilities_NC: Floats, labels: NDArray[np.gene
     """ECE (Guo et al. 2017): mean |accuracy - confidence| over equal-width confidence bins, weighted by their rows."""
     confidence = probabilities_NC.max(axis=1)
     correct = probabilities_NC.argmax(axis=1) == labels
+    gap_rows = np.asarray(correct, dtype=np.float64) - confidence
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gap = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
+    gap = np.bincount(bins, weights=gap_rows, minlength=num_bins)
     return float(np.abs(gap).sum() / len(labels))
 
 

@@ -59,7 +59,7 @@ def mixed_attention_mask(mask_RL: Tensor, partner_M: Tensor, lam_M: Tensor, num_
 
 
 def interpolate(first: Tensor, second: Tensor, lam_M: Tensor) -> Tensor:
-    """lam * first + (1 - lam) * second in at least fp32, rounded once to the inputs' dtype; lam = 1 gives `first` exactly.
+    """lam * first + (1 - lam) * second in at least fp32, rounded once to the inputs' dtype; lam = 1 gives `first`.
 
     Args: first, second of one shape [M, ...]; lam_M [M], broadcast over all but the first dimension.
     """

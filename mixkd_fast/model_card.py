@@ -1,18 +1,22 @@
 """The model card of a saved student: README.md with front matter that model hubs read."""
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixkd_fast.data.tasks import KNOWN_TASKS
 from mixkd_fast.page import number
 
 _OBJECTIVES = {
     "finetune": "L = CE(S(x), y)",
     "kd": "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x))",
     "mixkd": (
-        "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x)) + sm_weight · [λ CE(S(x'), y_i) + (1-λ) CE(S(x'), y_j)]"
-        " + tmkd_weight · d(T(x'), S(x')),  x' = λ e(x_i) + (1-λ) e(x_j),  λ ~ Beta(alpha, alpha)"
+        "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x)) + sm_weight · "
+        "[λ CE(S(x'), y_i) + (1-λ) CE(S(x'), y_j)] + tmkd_weight · d(T(x'), S(x')),  "
+        "x' = λ e(x_i) + (1-λ) e(x_j),  λ ~ Beta(alpha, alpha)"
     ),
 }
 
@@ -45,9 +49,12 @@ def write_model_card(student_directory: Path, summary: Mapping[str, Any], config
     ]
     if method["name"] in _OBJECTIVES:
         lines.append(f"- Objective: {_OBJECTIVES[method['name']]}")
+    shown = json.dumps(config, indent=2, ensure_ascii=False)
+    # Longer than any row of backticks inside, so that none of them ends the block.
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
     lines += [
         f"- Training: {training['steps']:,} steps of {training['batch_size']} rows, {training['precision']}, "
-        f"{training['ranks']} ranks on {training['device']}, student ZeRO {training['zero_stage']}",
+        f"ranks: {training['ranks']}, on {training['device']}, student ZeRO {training['zero_stage']}",
         "",
         "## How to use it",
         "",
@@ -55,15 +62,16 @@ def write_model_card(student_directory: Path, summary: Mapping[str, Any], config
         "from transformers import pipeline",
         "",
         'classify = pipeline("text-classification", model="PATH_OF_THIS_FOLDER")',
+        *_calls(summary, config),
         "```",
         "",
         "## Configuration",
         "",
         "<details><summary>the whole configuration of the run</summary>",
         "",
-        "```json",
-        json.dumps(config, indent=2),
-        "```",
+        f"{fence}json",
+        shown,
+        fence,
         "",
         "</details>",
         "",
@@ -76,31 +84,55 @@ def write_model_card(student_directory: Path, summary: Mapping[str, Any], config
 
 
 def _model(model: Mapping[str, Any]) -> str:
-    return (
-        f"{model['model_type']}, {model['layers']} layers × {model['hidden_size']}, {model['parameters']:,} parameters"
-    )
+    shape = f"{model['layers']} layers of width {model['hidden_size']}"
+    return f"{model['model_type']}, {shape}, {model['parameters']:,} parameters"
+
+
+def _calls(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """How the pipeline is called for this task: a text or a pair, a class or a number."""
+    task = config["task"]
+    known = KNOWN_TASKS.get(task["name"])
+    pair = task.get("text_pair_column") or (known.text_pair if known else None)
+    regression = any("mse" in values for values in summary["metrics"].values())
+    text = '{"text": "First text.", "text_pair": "Second text."}' if pair else '"A text."'
+    return [f"print(classify({text}{', function_to_apply=' + repr('none') if regression else ''}))"]
+
+
+def _hub_name(config: Mapping[str, Any]) -> str | None:
+    """The hub data set of the rows, if they came from one."""
+    task = config["task"]
+    if task.get("hub") or task.get("train_files"):
+        return task.get("hub") if not task.get("train_files") else None
+    known = KNOWN_TASKS.get(task["name"])
+    return known.hub if known else None
 
 
 def _front_matter(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """YAML whose scalars are JSON, which YAML contains."""
-    name = json.dumps(f"{summary['task']}-{config['method']['name']}")
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-classification"]
-    lines += ["tags:", "- knowledge-distillation", f"- {json.dumps(config['method']['name'])}"]
-    hub = config["task"].get("hub")
+    """YAML with every scalar of the user's in double quotes; figures that are not finite are left out."""
+    hub, method = _hub_name(config), config["method"]["name"]
+    distilled = ["knowledge-distillation"] if summary.get("teacher") and method != "finetune" else []
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-classification", "tags:"]
+    lines += [f"- {_quoted(tag)}" for tag in [*distilled, method]]
     if hub:
-        lines += ["datasets:", f"- {json.dumps(hub)}"]
-    results = [(split, key, value) for split, values in summary["metrics"].items() for key, value in values.items()]
-    lines += ["metrics:"] + [f"- {json.dumps(key)}" for key in dict.fromkeys(key for _, key, _ in results)]
-    lines += ["model-index:", f"- name: {name}", "  results:"]
-    for split in summary["metrics"]:
-        lines += ["  - task:", "      type: text-classification"]
-        lines += [
-            "    dataset:",
-            f"      name: {json.dumps(summary['task'])}",
-            f"      type: {json.dumps(summary['task'])}",
-        ]
-        lines += [f"      split: {json.dumps(split)}", "    metrics:"]
-        for own_split, key, value in results:
-            if own_split == split:
-                lines += [f"    - type: {json.dumps(key)}", f"      value: {json.dumps(value)}"]
+        lines += ["datasets:", f"- {_quoted(hub)}"]
+    results = {
+        split: {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+        for split, values in summary["metrics"].items()
+    }
+    results = {split: values for split, values in results.items() if values}
+    if results:
+        lines += ["metrics:"] + [f"- {_quoted(key)}" for key in dict.fromkeys(k for v in results.values() for k in v)]
+        lines += ["model-index:", f"- name: {_quoted(summary['task'] + '-' + method)}", "  results:"]
+    for split, values in results.items():
+        lines += ["  - task:", "      type: text-classification", "    dataset:"]
+        lines += [f"      name: {_quoted(summary['task'])}", f"      type: {_quoted(hub or summary['task'])}"]
+        lines += [f"      split: {_quoted(split)}", "    metrics:"]
+        for key, value in values.items():
+            lines += [f"    - type: {_quoted(key)}", f"      value: {json.dumps(value)}"]
     return [*lines, "---", ""]
+
+
+def _quoted(text: str) -> str:
+    """A double-quoted YAML scalar: JSON's, but with only those characters escaped that YAML cannot print."""
+    unprintable = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+    return unprintable.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(text, ensure_ascii=False))

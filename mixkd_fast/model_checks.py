@@ -34,7 +34,7 @@ def word_embedding_size(model: Any) -> int:
 
 def vocabulary_size(tokenizer: Any) -> int:
     """Rows a word-embedding table needs for every id of a tokenizer; ids may have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def check_same_tokenizer(teacher: Any, student: Any) -> None:

@@ -110,13 +110,15 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
 
     train = tokenise(splits.train)
     evaluation = {split: tokenise(rows) for split, rows in splits.evaluation.items()}
+    # The student first: it may copy layers of a loaded teacher, which ZeRO-3 then partitions.
+    student, notes = _student(config, loaded, spec, tokenizer)
     teacher = None
     if teacher_section is not None:
         teacher = _teacher(config, loaded, spec, tokenizer, arithmetic, device)
-    student, notes = _student(config, loaded, spec, tokenizer)
     num_parameters = count_parameters(student.model)
     if training.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable()
+        model: Any = student.model
+        model.gradient_checkpointing_enable()
     if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
         require_memory_for_layer(
             "deepspeed.zero_optimization.stage", largest_layer_numel(student.model), training.precision, device

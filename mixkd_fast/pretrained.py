@@ -238,7 +238,7 @@ def new_model(config: Any, attention: str | None = None, trust_remote_code: bool
 def seeded(seed: int) -> Iterator[None]:
     """Draw from a CPU generator seeded anew; afterwards the global one goes on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 

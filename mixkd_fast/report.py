@@ -11,6 +11,10 @@ from mixkd_fast.errors import DataError
 from mixkd_fast.page import escape, facts, line_plot, number, page, table
 
 Record = dict[str, Any]
+_EXACT = {"learning_rate", "memory_mib"}
+"""Columns whose curves are drawn as they are; the others are noisy and get a running mean."""
+_FIELDS = {"train": {"step", "loss", "terms"}, "evaluation": {"step", "split", "metrics"}}
+"""What a line of metrics.jsonl must have, by its kind."""
 
 
 def write_report(run_directory: Path) -> Path:
@@ -33,10 +37,12 @@ def write_report(run_directory: Path) -> Path:
     if num_broken:
         body.append(f'<p class="warn">{num_broken} unreadable line(s) of metrics.jsonl were left out.</p>')
     body += _results(summary, records)
-    body += ["<h2>Course</h2>", f'<div class="plots">{"".join(_plots(records))}</div>']
+    yardstick = (summary.get("teacher") or {}).get("metrics", {}) if summary else {}
+    body += ["<h2>Course</h2>", f'<div class="plots">{"".join(_plots(records, yardstick))}</div>']
     if summary is not None:
         body += _facts(summary)
-    body += ["<h2>Configuration</h2>", f"<pre>{escape(json.dumps(config, indent=2))}</pre>"]
+    shown = escape(json.dumps(config, indent=2, ensure_ascii=False))
+    body.append(f"<details><summary>Configuration</summary><pre>{shown}</pre></details>")
     path = run_directory / "report.html"
     path.write_text(page("mixkd_fast run", lead, body), encoding="utf-8")
     return path
@@ -50,7 +56,7 @@ def read_records(path: Path) -> tuple[list[Record], int]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if isinstance(record, dict) and "kind" in record:
+        if isinstance(record, dict) and _FIELDS.get(record.get("kind", ""), {""}) <= record.keys():
             records.append(record)
         else:
             num_broken += 1
@@ -69,22 +75,23 @@ def _results(summary: Record | None, records: Sequence[Record]) -> list[str]:
         student, teacher = summary["metrics"], (summary.get("teacher") or {}).get("metrics", {})
     else:
         student, teacher = {r["split"]: r["metrics"] for r in records if r["kind"] == "evaluation"}, {}
-    rows = []
-    for split, values in student.items():
-        rows += [[split, name, value, teacher.get(split, {}).get(name)] for name, value in values.items()]
-    if not rows:
+    if not student:
         return ["<h2>Results</h2>", "<p>No evaluation yet.</p>"]
-    header = ["split", "metric", "student", "teacher"]
     lines = ["<h2>Results</h2>"]
     if summary is not None and summary.get("best"):
         best = summary["best"]
         lines.append(f"<p>Best {escape(best['metric'])} {number(best['value'])} at step {number(best['step'])}.</p>")
-    if not teacher:
-        header, rows = header[:3], [row[:3] for row in rows]
-    return [*lines, table(header, rows)]
+    for split, values in student.items():
+        rows = [[name.replace("_", " "), value, teacher.get(split, {}).get(name)] for name, value in values.items()]
+        header = ["metric", "student", "teacher"]
+        if not teacher:
+            header, rows = header[:2], [row[:2] for row in rows]
+        lines += [f"<h3>{escape(split)}</h3>", table(header, rows)]
+    return lines
 
 
-def _plots(records: Sequence[Record]) -> list[str]:
+def _plots(records: Sequence[Record], teacher: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Curves over the steps; teacher (split -> metric -> value) stands as dashed lines beside the student's metrics."""
     train = [record for record in records if record["kind"] == "train"]
     steps = [record["step"] for record in train]
     names = list(dict.fromkeys(name for record in train for name in record["terms"]))
@@ -98,7 +105,8 @@ def _plots(records: Sequence[Record]) -> list[str]:
         for split in dict.fromkeys(record["split"] for record in evaluations):
             chosen = [r for r in evaluations if r["split"] == split and metric in r["metrics"]]
             curves[split] = ([r["step"] for r in chosen], [r["metrics"][metric] for r in chosen])
-        plots.append(line_plot(f"Evaluation: {metric.replace('_', ' ')}", curves, marks=True))
+        levels = {f"teacher, {split}": teacher[split][metric] for split in curves if metric in teacher.get(split, {})}
+        plots.append(line_plot(f"Evaluation: {metric.replace('_', ' ')}", curves, marks=True, levels=levels))
     for field, caption in (
         ("samples_per_s", "Throughput: samples per second"),
         ("tokens_per_s", "Throughput: tokens per second"),
@@ -106,7 +114,9 @@ def _plots(records: Sequence[Record]) -> list[str]:
         ("learning_rate", "Learning rate"),
         ("grad_norm", "Gradient norm before clipping"),
     ):
-        plots.append(line_plot(caption, curves_of(records, "train", {field: field})))
+        plots.append(
+            line_plot(caption, curves_of(records, "train", {field: field}), from_zero=True, smooth=field not in _EXACT)
+        )
     return [plot for plot in plots if plot]
 
 
@@ -153,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     try:
         print(write_report(parser.parse_args(argv).run))
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

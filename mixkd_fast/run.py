@@ -243,7 +243,7 @@ def memory_mib(device: torch.device) -> float:
     """Memory in use now: the GPU's allocations, or this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20
-    return psutil.Process().memory_info().rss / 2**20
+    return int(psutil.Process().memory_info().rss) / 2**20
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -39,7 +39,8 @@ class RunFolder:
             raise error
         if message is not None:
             raise ConfigurationError(
-                f"output.directory = {config.output.directory!r}: cannot be written ({message}); choose a folder you own"
+                f"output.directory = {config.output.directory!r}: cannot be written ({message}); "
+                "choose a folder you own"
             ) from error
 
     def _open(self, config: Config, resume: bool) -> None:

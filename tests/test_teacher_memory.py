@@ -1,7 +1,6 @@
 """Under ZeRO-3 no rank ever holds the whole teacher, neither while it is loaded nor while it is asked."""
 
 import json
-from pathlib import Path
 
 import pytest
 from toy import launched, must_run, save_toy_teacher

@@ -6,7 +6,7 @@ Legend of shape suffixes: B clean rows of the micro-batch, M = B * mixed_rows mi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Moment:
 
 
 class Method(Section):
-    """Base of all methods: frozen options and the loss. What is trained beside the student lives in `build`'s module."""
+    """Base of all methods: frozen options and the loss. What is trained beside the student is made by `build`."""
 
     uses_teacher: ClassVar[bool] = True
     """Whether a run of this method needs a teacher."""
@@ -39,17 +39,17 @@ class Method(Section):
         """How rows are paired and interpolated, or None if the method needs no mixed rows."""
         return None
 
-    def build(self, student: Encoder, teacher: Encoder | None) -> nn.Module | None:
+    def build(self, student: Encoder, teacher: Any | None) -> nn.Module | None:
         """Further trainable modules (projections, more students); trained and checkpointed beside the student."""
         return None
 
     def terms(
-        self, batch: Batch, student: Encoder, teacher: Encoder | None, extras: nn.Module | None, moment: Moment
+        self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
         """Weighted loss terms of a micro-batch.
 
         Args: batch with B clean rows; student and teacher take `clean(batch)` and `mixed(batch, mixing)`;
-        the teacher is frozen and gives no gradient; extras is what `build` returned.
+        the teacher (an Encoder or a ShardedTeacher) is frozen and gives no gradient; extras is what `build` returned.
         Returns: name -> tensor [B], one value per clean row. The training loss is the sum of all terms over the
         rows of the whole accumulated, cross-rank batch, divided by its number of rows: the engine divides.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -21,6 +21,6 @@ class FineTune(Method):
     """Discriminator of the method section."""
 
     def terms(
-        self, batch: Batch, student: Encoder, teacher: Encoder | None, extras: nn.Module | None, moment: Moment
+        self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
         return {"mle": supervised_loss(student.clean(batch).logits, batch)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class CleanRowDistillation(Method):
     """kl: temperature-scaled KL(teacher || student); mse: squared difference of the logits, mean over classes."""
 
     def terms(
-        self, batch: Batch, student: Encoder, teacher: Encoder | None, extras: nn.Module | None, moment: Moment
+        self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
         assert teacher is not None
         student_logits = student.clean(batch).logits

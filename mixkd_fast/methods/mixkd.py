@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ class MixKD(CleanRowDistillation, Mixing):
         return self if self.sm_weight or self.tmkd_weight else None
 
     def terms(
-        self, batch: Batch, student: Encoder, teacher: Encoder | None, extras: nn.Module | None, moment: Moment
+        self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
         assert teacher is not None
         clean = self.mle_weight or self.kd_weight
