@@ -6,13 +6,24 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mixkd_fast.configuration import Config, load_config
+from mixkd_fast.configuration import Config, batch_arithmetic, load_config
+from mixkd_fast.data.tasks import resolve
+from mixkd_fast.deepspeed_config import student_deepspeed_config
 from mixkd_fast.errors import ConfigurationError
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a configuration file, as published in configs/schema.json."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def check_config(config: Config, ranks: int = 1) -> None:
+    """What can be known without data and models: the task, the batch arithmetic, the deepspeed section.
+
+    Raises: ConfigurationError.
+    """
+    resolve(config.task)
+    student_deepspeed_config(config, batch_arithmetic(config.training, ranks))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b.c=VALUE")
     check = commands.add_parser("check", help="check files without running them")
     check.add_argument("files", nargs="+", metavar="FILE")
+    check.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b.c=VALUE")
+    check.add_argument("--ranks", type=int, default=1, help="processes the run will have (1)")
     commands.add_parser("schema", help="print the JSON Schema for editors")
     options = parser.parse_args(argv)
     if options.command == "schema":
@@ -40,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = 0
     for path in options.files:
         try:
-            load_config(path)
+            check_config(load_config(path, options.overrides), options.ranks)
             print(f"{path}: fine")
         except ConfigurationError as error:
             wrong += 1

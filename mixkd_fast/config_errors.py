@@ -3,7 +3,7 @@
 import difflib
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any, Union
 
 from pydantic import BaseModel, ValidationError
 
@@ -12,64 +12,83 @@ from mixkd_fast.section import Section
 
 
 def explain(error: ValidationError, root: type[Section], prefix: str = "") -> ConfigurationError:
-    """One error with a line per problem. Args: prefix = dotted name of the section, if it is not the whole."""
-    lines = [_line(problem, root, prefix) for problem in error.errors()]
+    """One error with a line per problem.
+
+    Args: prefix = dotted name of the validated section, if it is not the whole.
+    """
+    # A value that fits no member of a union has a problem per member: one line for all of them.
+    messages: dict[str, list[str]] = {}
+    for problem in error.errors():
+        subject, message = _subject_and_message(problem, root, prefix)
+        messages.setdefault(subject, []).append(message)
+    lines = [subject + _either(parts) for subject, parts in messages.items()]
     if len(lines) == 1:
         return ConfigurationError(lines[0])
     return ConfigurationError(f"{len(lines)} problems:\n  " + "\n  ".join(lines))
 
 
-def _line(problem: Any, root: type[Section], prefix: str) -> str:
-    path = [part for part in problem["loc"] if not _is_branch(part)]
-    name = ".".join([*([prefix] if prefix else []), *(str(part) for part in path)]) or "the configuration"
+def _subject_and_message(problem: Any, root: type[Section], prefix: str) -> tuple[str, str]:
+    path, place = _follow(root, problem["loc"])
+    name = ".".join([*([prefix] if prefix else []), *path]) or "the configuration"
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        section = _section_at(root, [*path[:-1]], problem["loc"])
-        fields = sorted(field.alias or key for key, field in section.model_fields.items())
-        close = difflib.get_close_matches(str(path[-1]), fields, n=1, cutoff=0.4)
+        fields = sorted(field.alias or key for key, field in place.model_fields.items())
+        close = difflib.get_close_matches(path[-1], fields, n=1, cutoff=0.4)
         nearest = f'; nearest: "{close[0]}"' if close else ""
-        where = ".".join(name.split(".")[:-1]) or "the top level"
-        return f"{name}: unknown key{nearest} ({where} has: {', '.join(fields)})"
+        where = name.rpartition(".")[0] or "the top level"
+        return f"{name}: ", f"unknown key{nearest} ({where} has: {', '.join(fields)})"
     if kind == "missing":
-        return f"{name}: is missing"
+        return f"{name}: ", "is missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         given = value.get("name") if isinstance(value, dict) else value
-        allowed = problem["ctx"].get("expected_tags", "'finetune', 'kd', 'mixkd'")
-        return f"{name}.name = {given!r}: allowed: {allowed}"
+        allowed = ", ".join(repr(_tag(member)) for member in _members(place))
+        return f"{name}.name = {_shorten(given)}: ", f"allowed: {allowed}"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return f"{name}: {message}" if path or prefix else message
-    return f"{name} = {_shorten(value)}: {message[:1].lower()}{message[1:]}"
+        return (f"{name}: " if path or prefix else ""), message
+    return f"{name} = {_shorten(value)}: ", f"{message[:1].lower()}{message[1:]}"
 
 
-def _is_branch(part: int | str) -> bool:
-    """Union members that pydantic puts into a location: tags of methods and names of types."""
-    names = {"finetune", "kd", "mixkd", "str", "int", "float", "dict[str,any]", "none"}
-    return isinstance(part, str) and part in names
+def _follow(root: type[Section], location: tuple[int | str, ...]) -> tuple[list[str], Any]:
+    """Pydantic's location without the names of union members that it holds.
+
+    Returns: the dotted path's parts; the type found there, or for an unknown key the section that lacks it.
+    """
+    path: list[str] = []
+    place: Any = root
+    for part in location:
+        members = _members(place)
+        if len(members) > 1:
+            place = next((member for member in members if _tag(member) == part), None)
+            continue
+        path.append(str(part))
+        place = members[0] if members else None
+        if isinstance(place, type) and issubclass(place, BaseModel):
+            found = (f for key, f in place.model_fields.items() if part == (f.alias or key))
+            field = next(found, None)
+            place = place if field is None else field.annotation
+        else:
+            place = next(reversed(typing.get_args(place)), None)  # what a list or a mapping holds
+    return path, place
 
 
-def _section_at(root: type[Section], path: list[int | str], location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The section class at a dotted path."""
-    section: type[BaseModel] = root
-    for part in path:
-        candidates = (
-            list(_sections_in(section.model_fields[str(part)].annotation)) if part in section.model_fields else []
-        )
-        tagged = [c for c in candidates if "name" in c.model_fields and c.model_fields["name"].default in location]
-        if tagged or candidates:
-            section = (tagged or candidates)[0]
-    return section
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union without None; a list of one for other types."""
+    if typing.get_origin(annotation) is Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return [member for part in typing.get_args(annotation) for member in _members(part)]
+    return [] if annotation in (None, types.NoneType) else [annotation]
 
 
-def _sections_in(annotation: Any) -> typing.Iterator[type[BaseModel]]:
-    if (
-        isinstance(annotation, type)
-        and not isinstance(annotation, types.GenericAlias)
-        and issubclass(annotation, BaseModel)
-    ):
-        yield annotation
-    for argument in typing.get_args(annotation):
-        yield from _sections_in(argument)
+def _tag(member: Any) -> Any:
+    """The `name` that selects a section of a union."""
+    fields = getattr(member, "model_fields", {})
+    return fields["name"].default if "name" in fields else None
+
+
+def _either(messages: list[str]) -> str:
+    return " or ".join([messages[0], *(message.removeprefix("input should be ") for message in messages[1:])])
 
 
 def _shorten(value: Any) -> str:

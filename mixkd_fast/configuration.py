@@ -15,6 +15,7 @@ from mixkd_fast.strict_json import apply_overrides, read_object
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PositiveInt = Annotated[int, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 def _only_one(section: Section, first: str, second: str) -> None:
@@ -102,7 +103,7 @@ class Offload(Section):
 class Teacher(Section):
     """The frozen model that is imitated."""
 
-    model: str
+    model: Text
     """Hub name or local folder with safetensors weights."""
     revision: str | None = None
     """Revision on the hub."""
@@ -127,7 +128,7 @@ class Teacher(Section):
 class Student(Section):
     """The small model that learns. Without a teacher (method finetune) it is the model that is trained."""
 
-    model: str | None = None
+    model: Text | None = None
     """Hub name or local folder to start from; null starts from the teacher."""
     revision: str | None = None
     """Revision on the hub."""
@@ -219,7 +220,7 @@ class Training(Section):
 class Output(Section):
     """Where the run's folder is and what goes into it."""
 
-    directory: str = "runs/run"
+    directory: Text = "runs/run"
     """Folder of the run: metrics.jsonl, checkpoints, report.html, the student."""
     overwrite: bool = False
     """Start anew in a folder that holds an earlier run (which is deleted)."""

@@ -9,6 +9,7 @@ from mixkd_fast.strict_json import read_object
 
 # Optimizer options of DeepSpeed's section -> the training field that "auto" stands for, and that must agree.
 _OPTIMIZER_FIELDS = {"lr": "learning_rate", "betas": "betas", "eps": "epsilon", "weight_decay": "weight_decay"}
+_OBJECTS = ("zero_optimization", "bf16", "fp16", "amp", "optimizer", "scheduler")
 
 
 def student_deepspeed_config(config: Config, arithmetic: BatchArithmetic) -> dict[str, Any]:
@@ -21,6 +22,10 @@ def student_deepspeed_config(config: Config, arithmetic: BatchArithmetic) -> dic
     section = config.deepspeed
     result = read_object(section, "deepspeed") if isinstance(section, str) else copy.deepcopy(section)
     training = config.training
+    if "bfloat16" in result and "bf16" not in result:
+        result["bf16"] = result.pop("bfloat16")  # DeepSpeed's older name
+    for key in _OBJECTS:
+        _object(result, key, key)
     derived = {
         "train_batch_size": (arithmetic.batch_size, "training.batch_size"),
         "train_micro_batch_size_per_gpu": (arithmetic.micro_batch_size, "training.micro_batch_size"),
@@ -33,9 +38,8 @@ def student_deepspeed_config(config: Config, arithmetic: BatchArithmetic) -> dic
         result[key] = value
     _set_precision(result, training)
     _fill_optimizer(result, training)
-    stage = result.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ConfigurationError(f"deepspeed.zero_optimization.stage = {stage!r}: allowed: 0, 1, 2, 3")
+    _check_scheduler(result, training)
+    _check_zero(result)
     result.setdefault("zero_allow_untested_optimizer", True)  # torch's fused AdamW, unless the section brings its own
     result.setdefault("steps_per_print", None)  # the progress bar and metrics.jsonl say more
     return result
@@ -70,6 +74,14 @@ def teacher_zero3_config(
     return result
 
 
+def _object(section: dict[str, Any], key: str, name: str) -> dict[str, Any]:
+    """The object under `key`, empty if it is not there."""
+    value = section.get(key, {})
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"deepspeed.{name} = {value!r}: is not an object {{...}}; leave it out or give one")
+    return value
+
+
 def _set_precision(result: dict[str, Any], training: Training) -> None:
     for name in ("bf16", "fp16"):
         wanted = training.precision == name
@@ -78,17 +90,55 @@ def _set_precision(result: dict[str, Any], training: Training) -> None:
             raise _contradiction(f"{name}.enabled", given, "training.precision", training.precision)
         if wanted or name in result:
             result[name] = {**result.get(name, {}), "enabled": wanted}
+    amp = result.get("amp", {}).get("enabled", False)
+    if amp is not False:
+        raise _contradiction("amp.enabled", amp, "training.precision", training.precision)
 
 
 def _fill_optimizer(result: dict[str, Any], training: Training) -> None:
-    """DeepSpeed's own optimizer, if its section asks for one: "auto" is filled, contradictions are refused."""
-    parameters = result.get("optimizer", {}).get("params", {})
+    """DeepSpeed's own optimizer, if its section asks for one: "auto" is filled, contradictions are refused.
+
+    What its section leaves open comes from the training section: the learning rate, and Adam's options given there.
+    """
+    if "optimizer" not in result:
+        return
+    optimizer = result["optimizer"]
+    parameters = _object(optimizer, "params", "optimizer.params")
+    takes_adam_options = "adam" in str(optimizer.get("type")).lower()
     for key, field in _OPTIMIZER_FIELDS.items():
         value, ours = parameters.get(key), getattr(training, field)
-        if value == "auto":
-            parameters[key] = ours
-        elif value is not None and field in training.model_fields_set and value != ours:
+        is_given = field in training.model_fields_set
+        # Weight decay is set per group of parameters, which hides the optimizer's own.
+        binds = is_given or key == "weight_decay"
+        if value == "auto" or (value is None and (key == "lr" or (is_given and takes_adam_options))):
+            parameters[key] = copy.copy(ours)
+        elif value is not None and binds and value != ours:
             raise _contradiction(f"optimizer.params.{key}", value, f"training.{field}", ours)
+    if not isinstance(optimizer.get("type"), str):
+        raise ConfigurationError(
+            f'deepspeed.optimizer.type = {optimizer.get("type")!r}: name an optimizer of DeepSpeed, such as "AdamW", '
+            "or leave deepspeed.optimizer out"
+        )
+    optimizer["params"] = parameters
+
+
+def _check_scheduler(result: dict[str, Any], training: Training) -> None:
+    """DeepSpeed's scheduler replaces the training section's, so that one must not be asked for too."""
+    for field in ("schedule", "warmup"):
+        if "scheduler" in result and field in training.model_fields_set:
+            raise ConfigurationError(
+                f"deepspeed.scheduler = {result['scheduler']!r} contradicts training.{field} = "
+                f"{getattr(training, field)!r}: leave one of them out"
+            )
+
+
+def _check_zero(result: dict[str, Any]) -> None:
+    zero = result.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ConfigurationError(f"deepspeed.zero_optimization.stage = {stage!r}: allowed: 0, 1, 2, 3")
+    for key in ("offload_optimizer", "offload_param"):
+        _object(zero, key, f"zero_optimization.{key}")
 
 
 def _contradiction(key: str, value: Any, source: str, ours: Any) -> ConfigurationError:

@@ -12,15 +12,17 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero import GatheredParameters
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from mixkd_fast import distributed
 from mixkd_fast.configuration import Training
 from mixkd_fast.data.batching import Batch
-from mixkd_fast.errors import CheckpointError, NonFiniteError
+from mixkd_fast.errors import CheckpointError, ConfigurationError, NonFiniteError
 from mixkd_fast.methods import Method, Moment
 from mixkd_fast.models import Encoder
 
@@ -92,12 +94,15 @@ class Engine:
         self._module = module
         optimizer = None if "optimizer" in deepspeed_config else _adamw(module, training, deepspeed_config)
         groups = _parameter_groups(module, training.weight_decay)
-        self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            model_parameters=None if optimizer else groups,
-            config=deepspeed_config,
-        )
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                model_parameters=None if optimizer else groups,
+                config=deepspeed_config,
+            )
+        except (ValidationError, DeepSpeedConfigError) as error:
+            raise ConfigurationError(f"deepspeed: DeepSpeed refuses the section: {error}") from error
         # DeepSpeed's own scheduler, if its section has one, drives the learning rate; else training.schedule does.
         groups = [] if "scheduler" in deepspeed_config else self._engine.optimizer.param_groups
         self._shares = [group["lr"] / training.learning_rate for group in groups]

@@ -31,7 +31,7 @@ def evaluate_predictions(
     scores = logits.astype(np.float64)
     if scores.shape[1] == 1:
         result = {name: _regression_metric(name, scores[:, 0], labels) for name in names}
-        result["mse"] = float(np.mean((scores[:, 0] - labels) ** 2))
+        result["mse"] = float(np.mean((scores[:, 0] - labels.astype(np.float64)) ** 2))
         if teacher_logits is not None:
             result["teacher_mse"] = float(np.mean((scores[:, 0] - teacher_logits[:, 0]) ** 2))
         return result

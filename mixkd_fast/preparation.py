@@ -110,6 +110,9 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
 
     train = tokenise(splits.train)
     evaluation = {split: tokenise(rows) for split, rows in splits.evaluation.items()}
+    if teacher_section is not None and teacher_section.zero_stage == 3 and loaded.teacher is None:
+        largest = largest_layer_numel(teacher_source(teacher_section).skeleton())
+        require_memory_for_layer("teacher.zero_stage", largest, teacher_section.precision or training.precision, device)
     # The student first: it may copy layers of a loaded teacher, which ZeRO-3 then partitions.
     student, notes = _student(config, loaded, spec, tokenizer)
     teacher = None
@@ -209,7 +212,7 @@ def _teacher(
         check_vocabulary(encoder.model, tokenizer, "teacher")
         check_max_length(encoder.config, config.task.max_length, "teacher")
         if section.zero_stage == 3:
-            return shard_loaded_teacher(section, encoder, precision, arithmetic.micro_batch_size, device)
+            return shard_loaded_teacher(section, encoder, precision, arithmetic.micro_batch_size)
         return encoder.to(device)
     source = teacher_source(section)
     check_max_length(source.config, config.task.max_length, "teacher")

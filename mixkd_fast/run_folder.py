@@ -10,6 +10,7 @@ from mixkd_fast import distributed
 from mixkd_fast.checkpoint import MANIFEST, CheckpointStore, remove_tree, sync
 from mixkd_fast.configuration import Config
 from mixkd_fast.errors import CheckpointError, ConfigurationError
+from mixkd_fast.strict_json import read_object
 
 _FREE_ON_RESUME = {
     "$schema",
@@ -37,6 +38,10 @@ class RunFolder:
         message = distributed.first_error(error)
         if isinstance(error, ConfigurationError | CheckpointError):
             raise error
+        # The other ranks know the message alone.
+        kind, _, text = (message or "").partition(": ")
+        if error is None and kind in ("ConfigurationError", "CheckpointError"):
+            raise ConfigurationError(text)
         if message is not None:
             raise ConfigurationError(
                 f"output.directory = {config.output.directory!r}: cannot be written ({message}); "
@@ -57,6 +62,8 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         resolved = config.model_dump(mode="json", by_alias=True, serialize_as_any=True)
+        if isinstance(config.deepspeed, str):  # what the file says now, so that a resumed run notices a change
+            resolved["deepspeed"] = read_object(config.deepspeed, "deepspeed")
         if resume and (self.path / "config.json").exists():
             self._refuse_other_configuration(resolved)
         write_json(self.path / "config.json", resolved)

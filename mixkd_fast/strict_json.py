@@ -1,6 +1,7 @@
-"""Strict JSON for configurations: no duplicate keys, no NaN, and errors that say where."""
+"""Strict JSON for configurations: no duplicate keys, no NaN, no infinity, and errors that say where."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ def read_object(path: str | Path, what: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{what} = {str(path)!r}: cannot be read: {error}") from error
     try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise ConfigurationError(
             f"{what} = {str(path)!r}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
@@ -57,7 +58,7 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except ValueError:
         return text
 
@@ -73,3 +74,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text} is larger than any floating-point number")
+    return number

@@ -68,11 +68,9 @@ def load_sharded_teacher(
 ) -> ShardedTeacher:
     """Build the teacher partitioned over the ranks and fill it from its safetensors files. Collective.
 
-    Raises: ModelError when not even the largest layer fits in a rank's free memory, or weights are missing.
+    Raises: ModelError when weights are missing. Call `require_memory_for_layer` first.
     """
-    largest = largest_layer_numel(source.skeleton())
-    require_memory_for_layer("teacher.zero_stage", largest, precision, device)
-    config = teacher_zero3_config(section, largest, micro_batch_size, precision)
+    config = teacher_zero3_config(section, largest_layer_numel(source.skeleton()), micro_batch_size, precision)
     if device.type == "cpu":
         return_freed_memory()
     with deepspeed.zero.Init(config_dict_or_path=config):
@@ -82,12 +80,10 @@ def load_sharded_teacher(
 
 
 def shard_loaded_teacher(
-    section: Teacher, encoder: Encoder, precision: Precision, micro_batch_size: int, device: torch.device
+    section: Teacher, encoder: Encoder, precision: Precision, micro_batch_size: int
 ) -> ShardedTeacher:
     """Partition a teacher that the caller has already loaded. Collective."""
-    largest = largest_layer_numel(encoder.model)
-    require_memory_for_layer("teacher.zero_stage", largest, precision, device)
-    config = teacher_zero3_config(section, largest, micro_batch_size, precision)
+    config = teacher_zero3_config(section, largest_layer_numel(encoder.model), micro_batch_size, precision)
     deepspeed.zero.Init(module=encoder.model, config_dict_or_path=config)
     return ShardedTeacher(encoder, config)
 

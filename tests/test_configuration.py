@@ -1,13 +1,12 @@
-"""The configuration: what is refused, and with which words; what is derived; what reaches DeepSpeed."""
+"""The configuration: what is refused, and with which words; what is derived."""
 
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from toy import ROOT
+from pydantic import Field
 
 from mixkd_fast import cli_config
 from mixkd_fast.configuration import (
@@ -19,12 +18,11 @@ from mixkd_fast.configuration import (
     load_config,
     validate,
 )
-from mixkd_fast.data.loading import load_splits
-from mixkd_fast.deepspeed_config import student_deepspeed_config, teacher_zero3_config
 from mixkd_fast.errors import ConfigurationError
+from mixkd_fast.section import Section
+from mixkd_fast.strict_json import apply_overrides
 
 BASE: dict[str, Any] = {"task": {"name": "demo"}, "teacher": {"model": "somewhere"}}
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if path.name != "schema.json")
 
 
 def _merged(changes: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +62,35 @@ def _merged(changes: dict[str, Any]) -> dict[str, Any]:
         ({"teacher": None}, ["teacher: is missing", "mixkd"]),
         ({"teacher": None, "method": {"name": "finetune"}}, ["student: has neither model nor config"]),
         ({"task": {"max_length": 2}}, ["task.max_length = 2", "greater than 2"]),
-        ({"deepspeed": 3}, ["deepspeed = 3"]),
+        ({"deepspeed": 3}, ["deepspeed = 3: input should be a valid dictionary or a valid string"]),
+        ({"wq": {}}, ["wq: unknown key (the top level has: $schema, deepspeed, method,"]),
+        ({"schema_": "x"}, ["schema_: unknown key", 'nearest: "$schema"']),
+        ({"task": {"nam": "demo"}}, ["task.nam: unknown key", 'nearest: "name"']),
+        ({"student": {"num_layer": 3}}, ["student.num_layer: unknown key", 'nearest: "num_layers"']),
+        ({"output": {"dir": "x"}}, ["output.dir: unknown key", 'nearest: "directory"']),
+        ({"method": {"name": "kd", "alpha": 1.0}}, ["method.alpha: unknown key", "(method has: distance, kd_weight,"]),
+        ({"method": {"name": "finetune", "temperatur": 1}}, ["unknown key (method has: name)"]),
+        ({"method": 3}, ["method = 3", "dictionary"]),
+        ({"teacher": {}}, ["teacher.model: is missing"]),
+        ({"teacher": {"model": ""}}, ["teacher.model = ''", "at least 1 character"]),
+        ({"output": {"directory": ""}}, ["output.directory = ''", "at least 1 character"]),
+        ({"training": {"batch_size": 32.0}}, ["training.batch_size = 32.0", "integer"]),
+        ({"training": {"keep_best": 1}}, ["training.keep_best = 1", "boolean"]),
+        ({"training": {"learning_rate": True}}, ["training.learning_rate = True", "number"]),
+        ({"training": {"learning_rate": float("inf")}}, ["training.learning_rate = inf", "finite"]),
+        ({"training": {"weight_decay": float("nan")}}, ["training.weight_decay = nan", "finite"]),
+        ({"training": {"betas": [0.9]}}, ["training.betas = [0.9]", "at least 2 items"]),
+        ({"training": {"betas": [0.9, "x"]}}, ["training.betas.1 = 'x'", "number"]),
+        ({"training": None}, ["training = None", "dictionary"]),
+        # The name of a split may be that of a method or a type.
+        ({"task": {"evaluation_files": {"kd": "dev.csv"}}}, ["task.evaluation_files.kd = 'dev.csv'", "list"]),
+        ({"task": {"evaluation_files": {"str": [3]}}}, ["task.evaluation_files.str.0 = 3", "string"]),
+        ({"method": {"name": "kd", "mle_weight": 0, "kd_weight": 0}}, ["method: mle_weight, kd_weight are all 0"]),
+        (
+            {"method": {"name": "mixkd", "mle_weight": 0, "sm_weight": 0, "tmkd_weight": 0}},
+            ["mle_weight, kd_weight, sm_weight, tmkd_weight are all 0: nothing would be trained"],
+        ),
+        ({"teacher": None, "method": {"name": "kd"}}, ["teacher: is missing", '"kd" imitates one']),
     ],
 )
 def test_wrong_fields_are_named_with_value_and_what_is_allowed(changes: dict[str, Any], words: list[str]) -> None:
@@ -88,9 +114,13 @@ def test_whole_numbers_are_taken_for_real_ones() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"task": {"name": "demo"},}', ["line 1", "not JSON"]),
+        ('{"task":\n  {"name": "demo"},}', ["line 2, column 20", "not JSON"]),
         ('{"task": {}, "task": {}}', ["key 'task' stands twice"]),
         ('{"training": {"epochs": NaN}}', ["NaN is not a number of JSON"]),
+        ('{"training": {"epochs": -Infinity}}', ["-Infinity is not a number of JSON"]),
+        ('{"training": {"epochs": 1e999}}', ["1e999 is larger than any floating-point number"]),
+        ('{"method": {"name": "kd", "name": "mixkd"}}', ["key 'name' stands twice"]),
+        ("", ["line 1, column 1", "not JSON"]),
         ("[]", ["not an object"]),
         (None, ["cannot be read", "no.json"]),
     ],
@@ -127,11 +157,30 @@ def test_overrides_are_json_or_text_and_make_sections(tmp_path: Path) -> None:
     assert config.teacher is not None and config.teacher.model == "other=name"
 
 
+def test_overrides_reach_the_schema_key_and_fill_null_sections(tmp_path: Path) -> None:
+    config = _load(tmp_path, "$schema=./other.json", "teacher.model=m", "task.train_fraction=null", teacher=None)
+    assert config.schema_ == "./other.json" and config.task.train_fraction is None
+    assert config.teacher is not None and config.teacher.model == "m"
+
+
+def test_overrides_leave_the_content_as_it_was() -> None:
+    content = {"training": {"steps": 1}}
+    assert apply_overrides(content, ["training.steps=2", "output.overwrite=true"]) == {
+        "training": {"steps": 2},
+        "output": {"overwrite": True},
+    }
+    assert content == {"training": {"steps": 1}}
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
         ("training.steps", ["not of the form section.field=value"]),
         (".steps=1", ["not of the form"]),
+        ("=1", ["--set '=1' is not of the form"]),
+        ("training.learning_rate=NaN", ["training.learning_rate = 'NaN'", "number"]),
+        ("training.steps=ten", ["training.steps = 'ten'", "integer"]),
+        ("student.layers=[0,", ["student.layers = '[0,'", "list"]),
         ("task.name.more=1", ["task.name is 'demo', which has no fields"]),
         ("training.stepps=1", ["training.stepps: unknown key", 'nearest: "steps"']),
     ],
@@ -143,8 +192,37 @@ def test_bad_overrides_are_refused(tmp_path: Path, override: str, words: list[st
 
 
 def test_another_method_does_not_drop_options_in_silence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"method\.alpha: unknown key"):
-        _load(tmp_path, "method.name=kd", method={"name": "mixkd", "alpha": 0.4})
+    with pytest.raises(ConfigurationError, match="2 problems") as caught:
+        _load(tmp_path, "method.name=kd", method={"name": "mixkd", "alpha": 0.4, "temperature": 3, "sm_weight": 1})
+    for option in ("alpha", "sm_weight"):
+        assert f"method.{option}: unknown key" in str(caught.value)
+    assert "temperature: unknown" not in str(caught.value)
+
+
+def test_a_new_method_is_named_without_being_known_to_the_messages() -> None:
+    class Patient(Section):
+        name: Literal["patient"] = "patient"
+        every: int = 2
+
+    class Other(Section):
+        name: Literal["other"] = "other"
+
+    class Root(Section):
+        method: Annotated[Patient | Other, Field(discriminator="name")]
+
+    with pytest.raises(
+        ConfigurationError, match=r'^method\.evry: unknown key; nearest: "every" \(method has: every, name'
+    ):
+        validate(Root, {"method": {"name": "patient", "evry": 1}})
+    with pytest.raises(ConfigurationError, match=r"^method\.name = 'kd': allowed: 'patient', 'other'$"):
+        validate(Root, {"method": {"name": "kd"}})
+
+
+def test_a_section_alone_is_named_by_its_prefix() -> None:
+    with pytest.raises(ConfigurationError, match=r"^teacher\.zero_stag: unknown key; nearest: \"zero_stage\""):
+        validate(Teacher, {"model": "m", "zero_stag": 3}, "teacher")
+    with pytest.raises(ConfigurationError, match=r"^training: epochs \(1\.0\) and steps \(2\) exclude each other"):
+        validate(Training, {"epochs": 1.0, "steps": 2}, "training")
 
 
 @pytest.mark.parametrize(
@@ -153,148 +231,26 @@ def test_another_method_does_not_drop_options_in_silence(tmp_path: Path) -> None
         ({"batch_size": 32}, 1, (32, 32, 1, 1)),
         ({"batch_size": 32}, 4, (32, 8, 1, 4)),
         ({"batch_size": 32, "micro_batch_size": 4}, 2, (32, 4, 4, 2)),
+        ({"batch_size": 24, "micro_batch_size": 4}, 3, (24, 4, 2, 3)),
     ],
 )
 def test_batch_arithmetic(fields: dict[str, int], ranks: int, expected: tuple[int, ...]) -> None:
-    assert batch_arithmetic(Training(**fields), ranks) == BatchArithmetic(*expected)
+    assert batch_arithmetic(Training.model_validate(fields), ranks) == BatchArithmetic(*expected)
 
 
 @pytest.mark.parametrize(
     ("fields", "ranks", "words"),
     [
         ({"batch_size": 10}, 4, ["training.batch_size = 10", "4 ranks", "nearest: 8 or 12"]),
+        ({"batch_size": 33, "micro_batch_size": 8}, 1, ["1 rank x training.micro_batch_size 8 = 8", "32 or 40"]),
+        ({"batch_size": 3}, 4, ["training.batch_size = 3", "nearest: 4"]),
         ({"batch_size": 4, "micro_batch_size": 3}, 2, ["micro_batch_size 3 = 6", "nearest: 6"]),
     ],
 )
 def test_batches_that_do_not_divide(fields: dict[str, int], ranks: int, words: list[str]) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        batch_arithmetic(Training(**fields), ranks)
+        batch_arithmetic(Training.model_validate(fields), ranks)
     assert all(word in str(caught.value) for word in words)
-
-
-ARITHMETIC = BatchArithmetic(32, 4, 4, 2)
-
-
-def test_deepspeed_section_passes_untouched_beside_what_is_derived() -> None:
-    section = {"zero_optimization": {"stage": 2, "x": [1, {"y": None}]}, "flops_profiler": {"enabled": True}, "odd": 1}
-    before = copy.deepcopy(section)
-    result = student_deepspeed_config(validate(Config, _merged({"deepspeed": section})), ARITHMETIC)
-    assert {key: result[key] for key in section} == before and section == before
-    derived = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    assert [result[key] for key in derived] == [32, 4, 4, 1.0]
-    assert "bf16" not in result and "fp16" not in result
-
-
-def test_auto_is_filled_and_agreement_is_fine() -> None:
-    section = {
-        "train_batch_size": "auto",
-        "gradient_accumulation_steps": 4,
-        "bf16": {"enabled": "auto", "check_grad_overflow": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": 1e-6}},
-    }
-    changes = {"deepspeed": section, "training": {"precision": "bf16", "learning_rate": 1e-3}}
-    result = student_deepspeed_config(validate(Config, _merged(changes)), ARITHMETIC)
-    assert result["bf16"] == {"enabled": True, "check_grad_overflow": True}
-    assert result["optimizer"]["params"] == {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-6}
-
-
-@pytest.mark.parametrize(
-    ("section", "training", "words"),
-    [
-        ({"train_batch_size": 64}, {}, ["deepspeed.train_batch_size = 64", "training.batch_size = 32"]),
-        ({"train_micro_batch_size_per_gpu": 8}, {}, ["training.micro_batch_size = 4"]),
-        ({"gradient_accumulation_steps": 1}, {}, ["deepspeed.gradient_accumulation_steps = 1", "= 4"]),
-        ({"gradient_clipping": 0.5}, {}, ["deepspeed.gradient_clipping = 0.5", "training.max_grad_norm = 1.0"]),
-        ({"fp16": {"enabled": True}}, {}, ["deepspeed.fp16.enabled = True", "training.precision = 'fp32'"]),
-        ({"bf16": {"enabled": False}}, {"precision": "bf16"}, ["deepspeed.bf16.enabled = False", "'bf16'"]),
-        (
-            {"optimizer": {"params": {"lr": 1.0}}},
-            {"learning_rate": 2.0},
-            ["optimizer.params.lr", "training.learning_rate"],
-        ),
-        ({"zero_optimization": {"stage": 4}}, {}, ["deepspeed.zero_optimization.stage = 4", "0, 1, 2, 3"]),
-    ],
-)
-def test_contradictions_name_both_fields(section: dict[str, Any], training: dict[str, Any], words: list[str]) -> None:
-    config = validate(Config, _merged({"deepspeed": section, "training": training}))
-    with pytest.raises(ConfigurationError) as caught:
-        student_deepspeed_config(config, ARITHMETIC)
-    assert all(word in str(caught.value) for word in words)
-
-
-def test_deepspeed_section_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "zero.json"
-    path.write_text('{"zero_optimization": {"stage": 1}}')
-    config = validate(Config, _merged({"deepspeed": str(path)}))
-    assert student_deepspeed_config(config, ARITHMETIC)["zero_optimization"] == {"stage": 1}
-    with pytest.raises(ConfigurationError, match=r"deepspeed = .*cannot be read"):
-        student_deepspeed_config(validate(Config, _merged({"deepspeed": "nowhere.json"})), ARITHMETIC)
-
-
-def test_sharded_teacher_limits_follow_the_largest_layer() -> None:
-    teacher = Teacher.model_validate(
-        {"model": "m", "zero_stage": 3, "offload": {"device": "nvme", "nvme_path": "/disk"}}
-    )
-    config = teacher_zero3_config(teacher, 1000, 4, "bf16")
-    zero = DeepSpeedZeroConfig(**config["zero_optimization"])
-    assert (zero.max_live_parameters, zero.max_reuse_distance, zero.param_persistence_threshold) == (2000, 1000, 0)
-    assert zero.offload_param is not None and str(zero.offload_param.nvme_path) == "/disk"
-    assert config["bf16"] == {"enabled": True} and config["train_micro_batch_size_per_gpu"] == 4
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_configuration_is_right(path: Path) -> None:
-    config = load_config(path)
-    assert config.schema_ == "./schema.json"
-    student_deepspeed_config(config, batch_arithmetic(config.training, 1))
-    if config.teacher is not None and config.task.name not in ("demo", "reviews"):
-        assert config.teacher.model == f"runs/{config.task.name}-teacher/student"
-
-
-def test_tasks_of_the_paper_have_their_configuration() -> None:
-    names = {path.stem for path in CONFIGS}
-    assert names >= {
-        "mnli",
-        "qqp",
-        "qnli",
-        "sst2",
-        "mrpc",
-        "rte",
-        "cola",
-        "stsb",
-        "teacher",
-        "local_files",
-        "mnli_3layer",
-    }
-    assert names >= {"demo_teacher", "demo_finetune", "demo_kd", "demo_mixkd"}
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "deepspeed").glob("*.json")), ids=lambda path: path.stem)
-def test_every_fragment_is_known_to_deepspeed(path: Path) -> None:
-    fragment = json.loads(path.read_text())
-    DeepSpeedZeroConfig(**fragment["zero_optimization"])
-    config = validate(Config, _merged({"deepspeed": fragment}))
-    assert student_deepspeed_config(config, ARITHMETIC)["zero_optimization"] == fragment["zero_optimization"]
-
-
-def test_local_files_example_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    splits = load_splits(load_config("configs/local_files.json").task)
-    assert (len(splits.train), splits.num_extra_rows, len(splits.evaluation["validation"])) == (12, 4, 4)
-    assert splits.train[8]["soft_labels"] == pytest.approx([0.05, 0.95])
-
-
-def test_published_schema_is_up_to_date() -> None:
-    assert json.loads((ROOT / "configs" / "schema.json").read_text()) == cli_config.json_schema()
-
-
-def test_schema_describes_every_field() -> None:
-    schema = cli_config.json_schema()
-    for name, section in schema["$defs"].items():
-        for field, content in section["properties"].items():
-            assert content.get("description"), f"{name}.{field} has no description"
-        assert section["additionalProperties"] is False
 
 
 def test_config_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -307,3 +263,38 @@ def test_config_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     shown = capsys.readouterr()
     assert "good.json: fine" in shown.out and 'nearest: "name"' in shown.err
     assert cli_config.main(["show", "--config", str(bad)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"task": {"name": "mlni"}}, [], ['task.name is "mlni"', 'nearest: "mnli"']),
+        ({"deepspeed": "nowhere.json"}, [], ["deepspeed = 'nowhere.json'", "cannot be read"]),
+        ({"training": {"batch_size": 9}}, ["--ranks", "2"], ["training.batch_size = 9", "8 or 10"]),
+        ({}, ["--set", "training.stps=1"], ["training.stps: unknown key", 'nearest: "steps"']),
+    ],
+)
+def test_check_finds_what_needs_no_data(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[str, Any], options: list[str], words: list[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(_merged(changes)))
+    assert cli_config.main(["check", str(path), *options]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith(f"{path}: ")
+    assert all(word in shown.err for word in words)
+
+
+def test_shown_configuration_is_one_that_loads_to_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = _load(tmp_path, method={"name": "kd", "temperature": 3.0})
+    assert cli_config.main(["show", "--config", str(tmp_path / "config.json")]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["training"]["betas"] == [0.9, 0.999] and shown["method"]["temperature"] == 3.0
+    assert validate(Config, shown) == config
+
+
+@pytest.mark.parametrize("arguments", [[], ["show"], ["check"], ["unknown"]])
+def test_wrong_command_lines_exit_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli_config.main(arguments)
+    assert caught.value.code == 2

@@ -23,7 +23,7 @@ def _curve(folder: Path) -> list[float]:
 
 def test_losses_follow_the_golden_curve(tmp_path: Path) -> None:
     golden = json.loads(GOLDEN.read_text())
-    assert len(golden) == 20 and golden[-1] < golden[0]
+    assert len(golden) == 20 and max(golden) - min(golden) > 0.1
     assert _curve(tmp_path) == pytest.approx(golden, rel=2e-4)
 
 

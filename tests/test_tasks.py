@@ -71,10 +71,6 @@ FILES: dict[str, Any] = {"train_files": ["a.csv"], "evaluation_files": {"dev": [
 CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"name": "mnlli"}, ["task.name", '"mnlli"', 'nearest: "mnli"', '"stsb"', "task.train_files"]),
     ({"name": "zzzz"}, ["task.name", '"zzzz"', "not a known task", "task.hub"]),
-    (
-        {"name": "rte", "train_fraction": 0.5, "train_rows": 7},
-        ["task.train_fraction is 0.5", "task.train_rows is 7", "only one"],
-    ),
     ({"hub": "a/b", **FILES}, ['task.hub is "a/b"', "task.train_files", "only one"]),
     ({"name": "rte", "kind": "regression"}, ['task.kind is "regression"', '"rte"', "classification"]),
     ({"hub_config": "x", **FILES}, ['task.hub_config is "x"', "no hub data set"]),
@@ -86,10 +82,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"kind": "regression", "soft_label_columns": ["a", "b"], **FILES}, ["task.soft_label_columns", "regression"]),
     ({"label_names": ["a", "a"], **FILES}, ["task.label_names is ['a', 'a']", "different names"]),
     ({"label_names": ["a"], **FILES}, ["task.label_names is ['a']", "two or more"]),
-    (
-        {"label_names": ["a", "b"], "soft_label_columns": ["p", "q", "r"], **FILES},
-        ["task.soft_label_columns has 3", "2 classes"],
-    ),
     ({"name": "rte", "metrics": ["acuracy"]}, ['"acuracy"', 'nearest: "accuracy"', '"matthews"']),
     ({"name": "rte", "metrics": ["pearson"]}, ["task.metrics", '"pearson"', "classification", '"f1"']),
     ({"name": "stsb", "metrics": ["f1"]}, ['"f1"', "regression", '"spearman"']),

@@ -124,11 +124,6 @@ def resolve(task: Task, in_memory: bool = False) -> TaskSpec:
         metrics = known.metrics if known and same_kind else METRICS[kind][: 1 if kind == "classification" else 2]
     _check_labels(task, kind)
     _check_metrics(metrics, kind)
-    if task.train_fraction is not None and task.train_rows is not None:
-        raise ConfigurationError(
-            f"task.train_fraction is {task.train_fraction} and task.train_rows is {task.train_rows}: "
-            "only one of them may be given"
-        )
     text = task.text_column or (known.text if known else None)
     pair = task.text_pair_column or (known.text_pair if known else None)
     if pair is not None and (text is None or text == pair):
@@ -222,11 +217,6 @@ def _check_labels(task: Task, kind: Kind) -> None:
         values: list[str] | None = getattr(task, field)
         if values is not None and (len(values) < 2 or len(set(values)) < len(values)):
             raise ConfigurationError(f"task.{field} is {values}: two or more different names are needed")
-    if task.label_names and task.soft_label_columns and len(task.label_names) != len(task.soft_label_columns):
-        raise ConfigurationError(
-            f"task.soft_label_columns has {len(task.soft_label_columns)} columns, but task.label_names "
-            f"has {len(task.label_names)} classes: one column per class, in the same order, is needed"
-        )
 
 
 def _check_metrics(metrics: tuple[str, ...], kind: Kind) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mixkd_fast.losses import kd_loss
@@ -30,6 +30,13 @@ class CleanRowDistillation(Method):
     """tau of the softened distributions; the term is multiplied by tau^2. Unused by distance "mse"."""
     distance: Distance = "kl"
     """kl: temperature-scaled KL(teacher || student); mse: squared difference of the logits, mean over classes."""
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> CleanRowDistillation:
+        weights = [name for name in type(self).model_fields if name.endswith("_weight")]
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"{', '.join(weights)} are all 0: nothing would be trained; at least one must be positive")
+        return self
 
     def terms(
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment

@@ -1,7 +1,7 @@
 """The embedded demo task: natural-language inference in plain English, generated from a grammar with semantics.
 
 Labels are computed from formal meanings (see `semantics`). The words are in `lexicon`, the sentences in `quantified`,
-`propositions` and `orders`, the sampling and the splits in `grammar`. The rows need the standard library only;
+`propositions` and `times`, the sampling and the splits in `grammar`. The rows need the standard library only;
 `demo_dataset` needs datasets, `train_demo_tokenizer` needs transformers.
 """
 

@@ -108,3 +108,11 @@ def relation(first: str, second: str) -> Relation:
 def verbs_near(verb: str) -> tuple[str, ...]:
     """The verbs that imply a verb or that it implies, in a fixed order."""
     return tuple(other for other in VERBS if relation(other, verb) in ("above", "below"))
+
+
+@cache
+def content_words() -> frozenset[str]:
+    """Every content word in every form."""
+    verbs = [*VERBS.values(), *ACTIONS.values()]
+    forms = [form for verb in verbs for form in (verb.base, verb.past, participle(verb))]
+    return frozenset((*noun_paths(), *NAMES, *(word for group in ADJECTIVES for word in group), *forms))

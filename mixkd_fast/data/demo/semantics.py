@@ -3,15 +3,15 @@
 Three small logics, each decided exactly:
 - quantified statements over sets: a model gives every kind of individual a count, and all counts are tried;
 - statements about named individuals: all truth assignments that respect the lexicon are tried;
-- strict total orders: all permutations are tried.
+- times of acts: all times are tried, in steps that tell any two statements apart.
 The premise entails the hypothesis if it holds in every model of the premise, contradicts it if in none.
 Quantified statements presuppose that the sets they speak of are not empty, as in everyday English.
 """
 
 from collections.abc import Callable, Iterable
 from functools import cache
-from itertools import permutations, product
-from typing import Any, Literal
+from itertools import product
+from typing import Any
 
 from mixkd_fast.data.demo.lexicon import Relation
 
@@ -23,7 +23,7 @@ Expression = tuple[Any, ...]
 # (kind, number); the number is 0 for the kinds that have none
 Quantifier = tuple[str, int]
 Relate = Callable[[str, str], Relation]
-# counts above this behave alike: the largest number in the grammar is 4, and "more than four" needs a fifth
+# larger counts behave alike: the largest number of the grammar is 4, and 5 stands for "more than four"
 MOST = 5
 
 
@@ -174,23 +174,37 @@ def judge_propositions(premise: Expression, hypothesis: Expression, relate: Rela
     return _judge_canonical(*canonical((premise, hypothesis), relate))
 
 
-# ("less", x, y): x comes before y; ("first", x) / ("last", x): of all; ("not", fact)
-OrderFact = tuple[Any, ...]
+# ("before" | "after" | "at", person, hour), ("between", person, hour, hour), ("earlier", person, person), ("not", fact)
+TimeFact = tuple[Any, ...]
+# half hours from half past one to half past seven: one before, one after and one between any of the hours told
+HALF_HOURS = range(3, 16)
 
 
-def order_holds(fact: OrderFact, rank: dict[Any, int]) -> bool:
-    """Truth of a fact in one total order of the entities."""
-    kind: Literal["less", "first", "last", "not"] = fact[0]
-    if kind == "less":
-        return rank[fact[1]] < rank[fact[2]]
+def time_holds(fact: TimeFact, times: tuple[int, ...]) -> bool:
+    """Truth of a fact if person p acts at times[p] half hours."""
+    kind = fact[0]
     if kind == "not":
-        return not order_holds(fact[1], rank)
-    return rank[fact[1]] == (0 if kind == "first" else len(rank) - 1)
+        return not time_holds(fact[1], times)
+    if kind == "earlier":
+        first, second = fact[1:]
+        return times[first] < times[second]
+    time: int = times[fact[1]]
+    hour: int = 2 * fact[2]
+    if kind == "before":
+        return time < hour
+    if kind == "after":
+        return time > hour
+    return time == hour if kind == "at" else hour < time < 2 * int(fact[3])
 
 
 @cache
-def judge_order(premise: tuple[OrderFact, ...], hypothesis: OrderFact, entities: tuple[Any, ...]) -> int | None:
-    """Label of an order fact given several, or None if these contradict each other."""
-    ranks = [{entity: place for place, entity in enumerate(order)} for order in permutations(entities)]
-    models = [rank for rank in ranks if all(order_holds(fact, rank) for fact in premise)]
-    return judge(order_holds(hypothesis, rank) for rank in models) if models else None
+def models_of_times(premise: tuple[TimeFact, ...], num_people: int) -> tuple[tuple[int, ...], ...]:
+    """All times of the persons at which the facts hold."""
+    worlds = product(HALF_HOURS, repeat=num_people)
+    return tuple(times for times in worlds if all(time_holds(fact, times) for fact in premise))
+
+
+def judge_times(premise: tuple[TimeFact, ...], hypothesis: TimeFact, num_people: int) -> int | None:
+    """Label of a fact about time given several, or None if these contradict each other."""
+    models = models_of_times(premise, num_people)
+    return judge(time_holds(hypothesis, times) for times in models) if models else None
