@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.utils.cpp_extension import get_default_build_root
 
 from mixkd_fast import distributed
 from mixkd_fast.configuration import Training
@@ -37,6 +39,8 @@ def start_distributed(device: torch.device) -> None:
     """
     distributed.find_own_tools()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on this one
+    if device.type == "cpu":
+        remove_stale_build_locks()
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if distributed.is_launched():
@@ -45,6 +49,17 @@ def start_distributed(device: torch.device) -> None:
             alone = HashStore()
             torch.distributed.init_process_group(backend, timeout=_TIMEOUT, store=alone, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def remove_stale_build_locks(older_than_s: float = 600.0) -> None:
+    """Delete the locks of builds that died: a process killed while DeepSpeed compiled or loaded its CPU communication
+    leaves one behind, and every later start would wait on it for ever. A build takes about half a minute.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/deepspeed_shm_comm*/lock"):
+        with contextlib.suppress(FileNotFoundError):  # its owner may finish meanwhile
+            if time.time() - lock.stat().st_mtime > older_than_s:
+                lock.unlink()
 
 
 class DistillationModule(nn.Module):
