@@ -24,17 +24,19 @@ def main() -> int:
     if sys.version_info < (3, 10):
         print(f"mixkd_fast needs Python >= 3.10; this is {sys.version.split()[0]} ({sys.executable})", file=sys.stderr)
         return 1
-    requirements = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes() + sys.version.encode()
-    wanted = hashlib.sha256(requirements).hexdigest()
+    sources = [ROOT / "pyproject.toml", Path(__file__), ROOT / "setup.py", ROOT / "build_flags.py"]
+    sources += sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + sys.version.encode()).hexdigest()
     if STAMP.exists() and STAMP.read_text() == wanted:
         return 0
     if not PYTHON.exists():
         print(f"Creating {VENV}", flush=True)
         venv.create(VENV, with_pip=True)
-    pip("install", "--upgrade", "pip", "setuptools>=77", "wheel")
+    pip("install", "--upgrade", "pip", "setuptools>=77", "wheel", "pybind11>=2.13")
     install_torch()
     # No build isolation: the packages below are built against the torch that is here, and no second one is fetched.
     pip("install", "--no-build-isolation", "--editable", f"{ROOT}[{EXTRAS}]")
+    run([PYTHON, "-m", "mixkd_fast.ops.backends"])
     warm_up()
     STAMP.write_text(wanted)
     return 0

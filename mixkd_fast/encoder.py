@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mixkd_fast.errors import ModelError
-from mixkd_fast.mix import Mixing, first_rows, interpolate, mixed_attention_mask, positions_of
+from mixkd_fast.mix import first_rows, interpolate, mixed_attention_mask, positions_of
+from mixkd_fast.mixing import Mixing
 
 if TYPE_CHECKING:
     from mixkd_fast.data.batching import Batch

@@ -8,8 +8,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from mixkd_fast.ops import DivergenceName, RowInputs, RowOptions, TopK, checks
-from mixkd_fast.ops.checks import Reduction
+from mixkd_fast.ops import DivergenceName, LossInputs, Reduction, RowOptions, TopK, checks
 
 
 class KDLossParts(NamedTuple):
@@ -146,7 +145,7 @@ def kd_loss(
             accumulated, cross-rank batch, as a number or a tensor of one element.
         return_parts: return `KDLossParts` instead of the loss.
         detach_mixture: skew_reverse_kl only: no gradient through the q inside the mixture (DistiLLM-2).
-        inplace: lets the gradient reuse the buffer of student_logits; the reference backend does not.
+        inplace: lets the gradient reuse the buffer of student_logits; no backend of this version does.
         backend: "auto" or a name of `mixkd_fast.ops.backends`.
 
     Returns: a scalar, or [...] for "none"; fp32 (fp64 for fp64 input). All rows dropped: 0 with gradient 0.
@@ -161,9 +160,6 @@ def kd_loss(
 
     Sources: Hinton et al. 2015; MixKD, Liang et al. 2021 (arXiv 2011.00593); else `ops/reference.py`.
     """
-    # Imported here, so that `python -m mixkd_fast.ops.backends` is not loaded by its own package first.
-    from mixkd_fast.ops import backends
-
     options = RowOptions(
         temperature=temperature,
         divergence=divergence,
@@ -176,35 +172,32 @@ def kd_loss(
         detach_mixture=detach_mixture,
         inplace=inplace,
     )
-    checks.check_options(options, reduction, normalizer)
-    checks.check_tensors(student_logits, teacher_logits, labels, partner_labels, lam, row_weights, options)
+    inputs = LossInputs(student_logits, teacher_logits, labels, partner_labels, lam, row_weights, normalizer)
+    return _checked(inputs, options, reduction, ignore_index, return_parts, backend)
 
-    rows = student_logits.shape[:-1]
-    keep, invalid = checks.kept_and_invalid_rows(
-        student_logits, teacher_logits, labels, partner_labels, row_weights, ignore_index
-    )
-    if lam is not None:
-        if not isinstance(lam, Tensor):
-            # Filled on the device: a copy from host memory would wait for it.
-            dtype = torch.promote_types(student_logits.dtype, torch.float32)
-            lam = torch.full((), lam, dtype=dtype, device=student_logits.device)
-        lam = lam.expand(rows)
-    selection = backends.select("kd_loss", student_logits.device, backend)
-    row_losses = backends.load("kd_loss", selection.name)
-    kd, ce = row_losses(RowInputs(student_logits, teacher_logits, labels, partner_labels, lam, keep, invalid), options)
 
-    weights = None if row_weights is None else row_weights.detach().to(kd.dtype)
-    if weights is not None:
-        kd, ce = kd * weights, ce * weights
-        if keep is not None:
-            kd, ce = torch.where(keep, kd, 0.0), torch.where(keep, ce, 0.0)
-    if reduction != "none":
-        kd, ce = kd.sum(), ce.sum()
-    if reduction == "mean":
-        divisor = _divisor(kd, rows, weights, keep, normalizer)
-        kd, ce = kd / divisor, ce / divisor
-    loss = kd + ce
-    return KDLossParts(loss, kd.detach(), ce.detach()) if return_parts else loss
+def _checked(
+    inputs: LossInputs, options: RowOptions, reduction: Reduction, ignore_index: int, return_parts: bool, backend: str
+) -> Tensor | KDLossParts:
+    # Imported here, so that `python -m mixkd_fast.ops.backends` is not loaded by its own package first.
+    from mixkd_fast.ops import backends
+
+    # The cache of the options is nothing that torch.compile could trace.
+    (checks.check_options if torch.compiler.is_compiling() else checks.check_options_once)(options, reduction)
+    if inputs.normalizer is not None:
+        checks.check_normalizer(inputs.normalizer, reduction)
+    checks.check_tensors(inputs, options)
+    device = inputs.student_logits.device
+    if device.type != "cpu" and checks.values_may_be_read(device):
+        checks.kept_and_invalid_rows(inputs, ignore_index)
+    name = backends.resolve("kd_loss", device.type, backend, _needs_double(inputs))
+    loss, kd, ce = backends.load("kd_loss", name)(inputs, options, reduction, ignore_index)
+    return KDLossParts(loss, kd, ce) if return_parts else loss
+
+
+def _needs_double(inputs: LossInputs) -> bool:
+    teacher = inputs.teacher.logprobs if isinstance(inputs.teacher, TopK) else inputs.teacher
+    return inputs.student_logits.dtype == torch.float64 or (teacher is not None and teacher.dtype == torch.float64)
 
 
 class KDLoss(nn.Module):
@@ -241,7 +234,7 @@ class KDLoss(nn.Module):
             detach_mixture=detach_mixture,
             inplace=inplace,
         )
-        checks.check_options(self.options, reduction, None)
+        checks.check_options(self.options, reduction)
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
         self.return_parts = return_parts
@@ -259,45 +252,14 @@ class KDLoss(nn.Module):
         normalizer: Tensor | float | None = None,
     ) -> Tensor | KDLossParts:
         """`kd_loss` of these tensors."""
-        return kd_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            partner_labels,
-            lam,
-            row_weights=row_weights,
-            normalizer=normalizer,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            return_parts=self.return_parts,
-            backend=self.backend,
-            **self.options._asdict(),
-        )
+        inputs = LossInputs(student_logits, teacher_logits, labels, partner_labels, lam, row_weights, normalizer)
+        return _checked(inputs, self.options, self.reduction, self.ignore_index, self.return_parts, self.backend)
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
         defaults = RowOptions._field_defaults
         changed = [f"{name}={value!r}" for name, value in self.options._asdict().items() if value != defaults[name]]
         return ", ".join([*changed, f"reduction={self.reduction!r}"])
-
-
-def _divisor(
-    total: Tensor,
-    rows: torch.Size,
-    weights: Tensor | None,
-    keep: Tensor | None,
-    normalizer: Tensor | float | None,
-) -> Tensor:
-    """What "mean" divides by, 0 replaced by 1: then there is nothing to divide."""
-    if normalizer is not None:
-        divisor = torch.as_tensor(normalizer).detach().to(total.dtype).reshape(())
-    elif weights is not None:
-        divisor = (weights if keep is None else torch.where(keep, weights, 0.0)).sum()
-    elif keep is not None:
-        divisor = keep.sum().to(total.dtype)
-    else:
-        divisor = torch.as_tensor(max(rows.numel(), 1), dtype=total.dtype)
-    return torch.where(divisor == 0, 1.0, divisor)
 
 
 __all__ = ["KDLoss", "KDLossParts", "TopK", "kd_loss"]

@@ -11,7 +11,7 @@ from torch import nn
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.encoder import Encoder
 from mixkd_fast.errors import ModelError
-from mixkd_fast.mix import Mixing
+from mixkd_fast.mixing import Mixing
 
 _PROBES: list[tuple[str, ...]] = [
     ("Every dog sleeps.",),

@@ -18,7 +18,7 @@ from mixkd_fast.data.batching import Batch
 from mixkd_fast.deepspeed_config import teacher_zero3_config
 from mixkd_fast.engine import whole_parameters
 from mixkd_fast.errors import ModelError
-from mixkd_fast.mix import Mixing
+from mixkd_fast.mixing import Mixing
 from mixkd_fast.models import Encoder, ModelSource
 
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>

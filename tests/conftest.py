@@ -2,9 +2,39 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+import torch
 
 _HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    # Before anything imports triton, whose own functions become interpreted or compiled when it is.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs a test once per backend of the CPU, which "auto" then takes."""
+    from mixkd_fast.ops import backends
+
+    name: str = request.param
+    require(name)
+    monkeypatch.setattr(backends, "preferred", lambda device: (name,))
+    monkeypatch.setattr(backends, "_resolved", {})
+    yield name
+
+
+def require(name: str) -> None:
+    """Skip what needs a backend that is not here; where MIXKD_REQUIRE names it, as CI does, fail instead."""
+    from mixkd_fast.ops import backends
+
+    missing = {row.backend: row.reason for row in backends.available("kd_loss") if not row.available}
+    if name in missing:
+        if name in os.environ.get("MIXKD_REQUIRE", "").split(","):
+            pytest.fail(f"backend {name} is required here but missing: {missing[name]}")
+        pytest.skip(f"backend {name}: {missing[name]}")

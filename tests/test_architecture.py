@@ -25,7 +25,7 @@ LAYERS = [
     {"configuration", "distributed"},
     {"config_errors", "strict_json"},
     {"methods"},
-    {"losses", "mix"},
+    {"losses", "mix", "mixing"},
     {"errors", "ops", "section", "version"},
 ]
 HOMES = {

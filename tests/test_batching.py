@@ -10,7 +10,7 @@ import torch
 from mixkd_fast.data.batching import Batch, Draw, EvaluationBatches, GlobalBatches, Padding, RowOrder, micro_batches
 from mixkd_fast.data.tokenization import TokenRows
 from mixkd_fast.errors import ConfigurationError, ModelError
-from mixkd_fast.mix import Mixing
+from mixkd_fast.mixing import Mixing
 
 PADDING = Padding(token_id=999)
 

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.encoder import Encoder
 from mixkd_fast.errors import ModelError
-from mixkd_fast.mix import Mixing, mixed_attention_mask, positions_of
+from mixkd_fast.mix import mixed_attention_mask, positions_of
+from mixkd_fast.mixing import Mixing
 from mixkd_fast.model_checks import check_mixing
 
 BEFORE, AFTER = Mixing(), Mixing(position="after_layer_norm")

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixkd_fast.losses import KDLoss, KDLossParts, TopK, kd_loss
-from mixkd_fast.ops import RowInputs, RowOptions
+from mixkd_fast.ops import LossInputs, RowOptions
 from mixkd_fast.ops.reference import row_losses
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 def test_weights_rows_and_parts_are_those_of_the_formula() -> None:
@@ -161,7 +163,7 @@ def test_a_row_with_a_label_out_of_range_is_nan_where_values_are_not_read() -> N
     labels[2] = 77
     invalid = labels >= 5
     keep = torch.tensor([True, True, True, True, True, False])
-    kd, ce = row_losses(RowInputs(student, teacher, labels, None, None, keep, invalid), RowOptions(ce_weight=1.0))
+    kd, ce = row_losses(LossInputs(student, teacher, labels), RowOptions(ce_weight=1.0), keep, invalid)
     rows = kd + ce
     assert rows.isnan().tolist() == [False, False, True, False, False, False]
     gradient = gradient_of(rows.sum(), student)

@@ -71,6 +71,7 @@ def test_the_losses_need_torch_only() -> None:
     assert float(result.stdout) == pytest.approx(1.3862943649)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("setting", SETTINGS, ids=setting_id)
 def test_no_graph_break_under_torch_compile(setting: dict[str, Any]) -> None:
     student, teacher, labels, partner_labels, lam = mixed_batch(torch.float32)
@@ -87,6 +88,7 @@ def test_no_graph_break_under_torch_compile(setting: dict[str, Any]) -> None:
     torch.testing.assert_close(gradient_of(compiled, student), gradient_of(loss(student), student))
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_compiled_code_gives_nan_for_a_label_out_of_range() -> None:
     student, teacher, labels, *_ = mixed_batch(torch.float32)
     labels[3] = 9

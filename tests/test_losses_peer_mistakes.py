@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mixkd_fast.losses import kd_loss
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def test_temperature_squared_scales_loss_and_gradient_alike() -> None:
     """Reported: the loss multiplied by tau^2, the gradient not (ratio 4 at tau = 2)."""

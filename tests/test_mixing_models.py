@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.encoder import Encoder
-from mixkd_fast.mix import Mixing, mixed_attention_mask
+from mixkd_fast.mix import mixed_attention_mask
+from mixkd_fast.mixing import Mixing
 
 BEFORE, AFTER = Mixing(), Mixing(position="after_layer_norm")
 ALL_MIXINGS = [

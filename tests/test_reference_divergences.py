@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from mixkd_fast.losses import TopK, kd_loss
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 INFINITY = float("inf")
 VECTORS = load_vectors()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mixkd_fast.data.tokenization import TokenRows
 from mixkd_fast.errors import ConfigurationError, ModelError
-from mixkd_fast.mix import Mixing, draw_lam
+from mixkd_fast.mixing import Mixing, draw_lam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixkd_fast.mix import Mixing, first_rows
+from mixkd_fast.mix import first_rows
+from mixkd_fast.mixing import Mixing
 from mixkd_fast.section import Section
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixkd_fast.methods.base import Moment, mixed_supervised_loss, per_clean_row
 from mixkd_fast.methods.kd import CleanRowDistillation, Weight, distance
-from mixkd_fast.mix import Mixing
+from mixkd_fast.mixing import Mixing
 
 if TYPE_CHECKING:
     from mixkd_fast.data.batching import Batch

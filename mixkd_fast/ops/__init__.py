@@ -21,6 +21,8 @@ DivergenceName = Literal[
     "mse",
 ]
 
+Reduction = Literal["mean", "sum", "none"]
+
 
 class TopK(NamedTuple):
     """A teacher of which only the K likeliest classes are known.
@@ -62,22 +64,49 @@ class RowOptions(NamedTuple):
     inplace: bool = False
 
 
-class RowInputs(NamedTuple):
-    """Checked tensors of one call. Only `student_logits` receives a gradient.
+class LossInputs(NamedTuple):
+    """Checked tensors of one call, as `mixkd_fast.losses.kd_loss` got them. Only `student_logits` receives a gradient.
 
     student_logits [..., C]; teacher None only at kd_weight 0; labels, partner_labels integer [...], both or
-    labels alone or none; lam [...] with partner_labels; keep bool [...], False drops the row (None keeps
-    all); invalid bool [...], True makes the row NaN (None: no row).
+    labels alone or none; lam [...] or one number, with partner_labels; row_weights [...]; normalizer of one element.
     """
 
     student_logits: Tensor
     teacher: Tensor | TopK | None
-    labels: Tensor | None
-    partner_labels: Tensor | None
-    lam: Tensor | None
-    keep: Tensor | None
-    invalid: Tensor | None
+    labels: Tensor | None = None
+    partner_labels: Tensor | None = None
+    lam: Tensor | float | None = None
+    row_weights: Tensor | None = None
+    normalizer: Tensor | float | None = None
 
 
-RowLosses = Callable[[RowInputs, RowOptions], tuple[Tensor, Tensor]]
-"""A backend of kd_loss: weighted (kd, ce) rows [...], fp32 or fp64; a dropped row is 0 with gradient 0."""
+KDLossBackend = Callable[[LossInputs, RowOptions, Reduction, int], tuple[Tensor, Tensor, Tensor]]
+"""A backend of kd_loss: (inputs, options, reduction, ignore_index) -> (loss, kd, ce), loss = kd + ce, the parts
+detached; [] for "mean" and "sum", [...] for "none"; fp32, or fp64 if student or teacher is. A dropped row is 0 with
+gradient 0."""
+
+
+class MixInputs(NamedTuple):
+    """Checked arguments of one call of `mixkd_fast.mix.mix_embeddings`, in the order of the op's schema.
+
+    input_ids int64 [R, L]; weight [V, H]; partner int64 [M]; lam [M] in the compute dtype; padding_mask bool [R, L];
+    position_weight [P, H]; token_type_ids int64 [R, L] with token_type_weight [T, H]; position_ids int64 [O, L], or
+    None for 0 to L - 1; LayerNorm's weight and bias [H]; num_rows B: mixed row m has clean row m % B as its first. All
+    contiguous; the output has O = M rows, or B + M with include_clean.
+    """
+
+    input_ids: Tensor
+    weight: Tensor
+    partner: Tensor
+    lam: Tensor
+    padding_mask: Tensor | None
+    position_weight: Tensor | None
+    token_type_ids: Tensor | None
+    token_type_weight: Tensor | None
+    position_ids: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm_eps: float
+    use_norm: bool
+    num_rows: int
+    include_clean: bool

@@ -3,12 +3,14 @@
 `python -m mixkd_fast.ops.backends` prints the table. A new backend is one module and one row of `TABLE`.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from mixkd_fast.ops import RowLosses
+from mixkd_fast.ops import native
 
 
 class Selection(NamedTuple):
@@ -27,26 +29,86 @@ class Row(NamedTuple):
     reason: str
 
 
-def _reference_kd_loss() -> RowLosses:
-    from mixkd_fast.ops.reference import row_losses
+class Entry(NamedTuple):
+    """A backend of an op: what imports its function, and what says why it cannot be used ("" if it can)."""
 
-    return row_losses
+    load: Callable[[], Callable[..., Any]]
+    missing: Callable[[], str]
 
 
-NOT_IN_THIS_VERSION = "not part of this version"
-TABLE: dict[tuple[str, str], Callable[[], RowLosses] | str] = {
-    ("kd_loss", "reference"): _reference_kd_loss,
-    ("kd_loss", "cpu"): NOT_IN_THIS_VERSION,
-    ("kd_loss", "triton"): NOT_IN_THIS_VERSION,
-    ("kd_loss", "cuda"): NOT_IN_THIS_VERSION,
+def _always_there() -> str:
+    return ""
+
+
+def _cpu_missing() -> str:
+    return native.load("cpu")
+
+
+def _cuda_missing() -> str:
+    return native.load("cuda")
+
+
+@functools.cache
+def _triton_missing() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install mixkd-fast[triton]"
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _reference_kd_loss() -> Callable[..., Any]:
+    from mixkd_fast.ops.reference import kd_loss
+
+    return kd_loss
+
+
+def _fused_kd_loss() -> Callable[..., Any]:
+    from mixkd_fast.ops.fused import kd_loss
+
+    return kd_loss
+
+
+def _triton_kd_loss() -> Callable[..., Any]:
+    from mixkd_fast.ops.fused import kd_loss_triton
+
+    return kd_loss_triton
+
+
+def _reference_mix_embeddings() -> Callable[..., Any]:
+    from mixkd_fast.ops.mix_reference import mix_embeddings
+
+    return mix_embeddings
+
+
+def _fused_mix_embeddings() -> Callable[..., Any]:
+    from mixkd_fast.ops.mix_schema import fused
+
+    return fused
+
+
+def _triton_mix_embeddings() -> Callable[..., Any]:
+    from mixkd_fast.ops.mix_schema import fused_triton
+
+    return fused_triton
+
+
+TABLE: dict[tuple[str, str], Entry] = {
+    ("kd_loss", "reference"): Entry(_reference_kd_loss, _always_there),
+    ("kd_loss", "cpu"): Entry(_fused_kd_loss, _cpu_missing),
+    ("kd_loss", "triton"): Entry(_triton_kd_loss, _triton_missing),
+    ("kd_loss", "cuda"): Entry(_fused_kd_loss, _cuda_missing),
+    ("mix_embeddings", "reference"): Entry(_reference_mix_embeddings, _always_there),
+    ("mix_embeddings", "cpu"): Entry(_fused_mix_embeddings, _cpu_missing),
+    ("mix_embeddings", "triton"): Entry(_triton_mix_embeddings, _triton_missing),
+    ("mix_embeddings", "cuda"): Entry(_fused_mix_embeddings, _cuda_missing),
 }
-"""(op, backend) -> what loads it, or why it is missing."""
+"""(op, backend) -> what it is and why it may be missing. Its functions are plain imports: torch.compile traces them."""
+REFERENCE_ONLY_IN_DOUBLE = ("triton", "cuda")
 
 
 def available(op: str | None = None) -> list[Row]:
     """The table, of one op or of all."""
     return [
-        Row(row_op, backend, False, entry) if isinstance(entry, str) else Row(row_op, backend, True, "")
+        Row(row_op, backend, not (reason := entry.missing()), reason)
         for (row_op, backend), entry in TABLE.items()
         if op in (None, row_op)
     ]
@@ -83,18 +145,34 @@ def select(op: str, device: torch.device | str, requested: str = "auto") -> Sele
     raise RuntimeError(f"no backend of {op} is available on {device}: {'; '.join(passed)}")
 
 
-def load(op: str, name: str) -> RowLosses:
-    """The function of a backend that `select` returned."""
-    entry = TABLE[op, name]
-    if isinstance(entry, str):
-        raise RuntimeError(f"backend {name!r} of {op} is not available: {entry}")
-    return entry()
+def load(op: str, name: str) -> Callable[..., Any]:
+    """The function of a backend that `select` or `resolve` named."""
+    return TABLE[op, name].load()
+
+
+_resolved: dict[tuple[str, str, str, bool], str] = {}
+
+
+def resolve(op: str, device_type: str, requested: str, double: bool) -> str:
+    """The backend `select` chooses, remembered; "auto" takes the reference for fp64 where no kernel computes in it."""
+    key = (op, device_type, requested, double)
+    name = _resolved.get(key)
+    if name is None:
+        name = select(op, device_type, requested).name
+        if double and requested == "auto" and name in REFERENCE_ONLY_IN_DOUBLE:
+            name = "reference"
+        _resolved[key] = name
+    return name
+
+
+# What torch.compiler.assume_constant_result sets, without loading the compiler for those who do not use it.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def main() -> None:
     """Print the table and what "auto" takes on this machine."""
     for row in available():
-        print(f"{row.op:10} {row.backend:10} {'available' if row.available else 'missing: ' + row.reason}")
+        print(f"{row.op:14} {row.backend:10} {'available' if row.available else 'missing: ' + row.reason}")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for op in sorted({key[0] for key in TABLE}):
         for device in devices:

@@ -1,23 +1,33 @@
 """What `kd_loss` accepts: shapes, dtypes, ranges; checked once, at the boundary."""
 
+import functools
 import math
 import os
-from typing import Literal, get_args
+import re
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from mixkd_fast.ops import DivergenceName, RowOptions, TopK
+from mixkd_fast.ops import DivergenceName, LossInputs, Reduction, RowOptions, TopK
 
-Reduction = Literal["mean", "sum", "none"]
+FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+INTEGER = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
-def check_options(options: RowOptions, reduction: str, normalizer: Tensor | float | None) -> None:
+def refuse(field: str, value: object, allowed: str) -> None:
+    """Raise the ValueError of this package: field, value, what is allowed."""
+    raise ValueError(f"{field} is {value!r}; allowed: {allowed}")
+
+
+def readable(error: Exception, names: tuple[str, ...]) -> Exception:
+    """The ValueError for what a kernel says of an index out of range in a field of `names`, or the error itself."""
+    said = re.search(rf"({'|'.join(map(re.escape, names))}) holds .*", str(error))
+    return ValueError(said[0]) if said else error
+
+
+def check_options(options: RowOptions, reduction: str) -> None:
     """Raise ValueError, naming field, value and what is allowed."""
-
-    def refuse(field: str, value: object, allowed: str) -> None:
-        raise ValueError(f"{field} is {value!r}; allowed: {allowed}")
-
     if options.divergence not in get_args(DivergenceName):
         refuse("divergence", options.divergence, ", ".join(get_args(DivergenceName)))
     if not 0 < options.temperature < math.inf:
@@ -33,79 +43,96 @@ def check_options(options: RowOptions, reduction: str, normalizer: Tensor | floa
         refuse("detach_mixture", True, f"False for {options.divergence}; it is an option of skew_reverse_kl")
     if reduction not in get_args(Reduction):
         refuse("reduction", reduction, ", ".join(get_args(Reduction)))
-    if normalizer is None:
-        return
+
+
+check_options_once = functools.lru_cache(maxsize=256)(check_options)
+"""`check_options`, remembering what it let pass: a training loop calls with the same options at every step."""
+
+
+def check_normalizer(normalizer: Tensor | float, reduction: str) -> None:
+    """Raise ValueError for a normalizer that "mean" cannot divide by."""
     if reduction != "mean":
         refuse("normalizer", normalizer, f"None with reduction {reduction!r}; it is the divisor of 'mean'")
     if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
         refuse("normalizer", f"a tensor of shape {tuple(normalizer.shape)}", "a number or one element")
 
 
-def check_tensors(
-    student_logits: Tensor,
-    teacher: Tensor | TopK | None,
-    labels: Tensor | None,
-    partner_labels: Tensor | None,
-    lam: Tensor | float | None,
-    row_weights: Tensor | None,
-    options: RowOptions,
-) -> None:
+def check_tensors(inputs: LossInputs, options: RowOptions) -> None:
     """Raise ValueError for shapes, dtypes and combinations that are not those of `kd_loss`."""
-
-    def check(name: str, tensor: Tensor, shape: tuple[int, ...], integer: bool, last: str = "") -> None:
-        """`last` names a free last dimension."""
-        actual = tuple(tensor.shape[:-1] if last else tensor.shape)
-        if actual != shape or (last and (tensor.dim() == 0 or tensor.shape[-1] == 0)):
-            wanted = ", ".join([*map(str, shape), *([f"{last} >= 1"] if last else [])])
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: [{wanted}]")
-        is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-        if is_integer != integer or not (integer or tensor.is_floating_point()):
-            raise ValueError(f"{name} is {tensor.dtype}; allowed: {'an integer' if integer else 'a floating'} dtype")
-
-    rows = tuple(student_logits.shape[:-1])
-    check("student_logits", student_logits, rows, False, "C")
+    student_logits, teacher, labels, partner_labels, lam, row_weights, _ = inputs
+    rows = student_logits.shape[:-1]
+    _check_logits("student_logits", student_logits, rows)
     if isinstance(teacher, TopK):
-        check("teacher_logits.indices", teacher.indices, rows, True, "K")
-        check("teacher_logits.logprobs", teacher.logprobs, tuple(teacher.indices.shape), False)
+        _check_logits("teacher_logits.indices", teacher.indices, rows, "K", INTEGER)
+        _check_rows("teacher_logits.logprobs", teacher.logprobs, teacher.indices.shape, FLOATING)
         if options.divergence == "mse":
             raise ValueError("divergence is 'mse', which compares logits; a TopK teacher has none")
     elif teacher is not None:
-        check("teacher_logits", teacher, rows, False, "C")
+        _check_logits("teacher_logits", teacher, rows)
     elif options.kd_weight != 0:
         raise ValueError(f"teacher_logits is None; allowed only with kd_weight 0, not {options.kd_weight}")
     if labels is not None:
-        check("labels", labels, rows, True)
+        _check_rows("labels", labels, rows, INTEGER)
     elif options.ce_weight != 0 or partner_labels is not None:
         raise ValueError("labels is None; needed with a ce_weight other than 0 and with partner_labels")
     if (partner_labels is None) != (lam is None):
         raise ValueError("partner_labels and lam belong together; give both or neither")
     if partner_labels is not None:
-        check("partner_labels", partner_labels, rows, True)
+        _check_rows("partner_labels", partner_labels, rows, INTEGER)
     if isinstance(lam, Tensor) and lam.dim() > 0:
-        check("lam", lam, rows, False)
+        _check_rows("lam", lam, rows, FLOATING)
     if row_weights is not None:
-        check("row_weights", row_weights, rows, False)
+        _check_rows("row_weights", row_weights, rows, FLOATING)
 
 
-def kept_and_invalid_rows(
-    student_logits: Tensor,
-    teacher: Tensor | TopK | None,
-    labels: Tensor | None,
-    partner_labels: Tensor | None,
-    row_weights: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor | None, Tensor | None]:
+def _check_rows(name: str, tensor: Tensor, shape: torch.Size, dtypes: frozenset[torch.dtype]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: [{', '.join(map(str, shape))}]")
+    _check_dtype(name, tensor, dtypes)
+
+
+def _check_logits(
+    name: str, tensor: Tensor, rows: torch.Size, last: str = "C", dtypes: frozenset[torch.dtype] = FLOATING
+) -> None:
+    """`last` names the free last dimension."""
+    if tensor.dim() == 0 or tensor.shape[:-1] != rows or tensor.shape[-1] == 0:
+        allowed = ", ".join([*map(str, rows), f"{last} >= 1"])
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: [{allowed}]")
+    _check_dtype(name, tensor, dtypes)
+
+
+def _check_dtype(name: str, tensor: Tensor, dtypes: frozenset[torch.dtype]) -> None:
+    if tensor.dtype not in dtypes:
+        allowed = "an integer" if dtypes is INTEGER else "a floating"
+        raise ValueError(f"{name} is {tensor.dtype}; allowed: {allowed} dtype")
+
+
+def values_may_be_read(device: torch.device) -> bool:
+    """Whether a class number out of range is an error here, for which values are read; else the row is NaN."""
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return False
+    return device.type == "cpu" or os.environ.get("MIXKD_FAST_CHECK") == "1"
+
+
+def check_indices(name: str, indices: Tensor | None, size: int) -> None:
+    """Raise ValueError for an index that is not in a table of `size` rows, where values may be read."""
+    if indices is None or not values_may_be_read(indices.device):
+        return
+    bad = (indices < 0) | (indices >= size)
+    if bool(bad.any()):
+        raise ValueError(f"{name} holds {indices[bad][0].item()}; allowed: 0 to {size - 1}")
+
+
+def kept_and_invalid_rows(inputs: LossInputs, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
     """(keep, invalid), bool [...] or None: rows that count, and rows with a class number out of range.
 
     Raises: ValueError for such a row where the values may be read (see `kd_loss`).
     """
+    student_logits, teacher, labels, partner_labels, _, row_weights, _ = inputs
     num_classes = student_logits.shape[-1]
     keep = None if row_weights is None else row_weights.detach() != 0
     invalid: Tensor | None = None
-    must_raise = not torch.compiler.is_compiling() and (
-        student_logits.device.type == "cpu"
-        or (student_logits.device.type != "meta" and os.environ.get("MIXKD_FAST_CHECK") == "1")
-    )
+    must_raise = values_may_be_read(student_logits.device)
 
     def note_invalid(name: str, classes: Tensor, bad: Tensor, allowed: str) -> None:
         nonlocal invalid

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mixkd_fast.ops import DivergenceName, RowInputs, RowOptions, TopK
+from mixkd_fast.ops import DivergenceName, LossInputs, Reduction, RowOptions, TopK
+from mixkd_fast.ops.checks import kept_and_invalid_rows
 
 INFINITY = float("inf")
 
@@ -203,9 +204,14 @@ def ce_rows(student_logits: Tensor, labels: Tensor, partner_labels: Tensor | Non
     return first + second
 
 
-def row_losses(inputs: RowInputs, options: RowOptions) -> tuple[Tensor, Tensor]:
-    """Weighted (kd, ce) rows, see `mixkd_fast.ops.RowLosses`. `inplace` changes nothing here."""
-    student_logits, teacher, labels, partner_labels, lam, keep, invalid = inputs
+def row_losses(
+    inputs: LossInputs, options: RowOptions, keep: Tensor | None, invalid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(kd, ce) of every row [...] before row weights; 0 with gradient 0 where not keep, NaN where invalid.
+
+    Args: keep, invalid bool [...], None for no such row. `options.inplace` changes nothing here.
+    """
+    student_logits, teacher, labels, partner_labels, lam, *_ = inputs
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     teacher_values = teacher.logprobs if isinstance(teacher, TopK) else teacher
     if teacher_values is not None:
@@ -223,7 +229,13 @@ def row_losses(inputs: RowInputs, options: RowOptions) -> tuple[Tensor, Tensor]:
         softened = teacher._replace(logprobs=teacher_values) if isinstance(teacher, TopK) else teacher_values
         kd = options.kd_weight * kd_rows(student, softened, options)
     if options.ce_weight != 0 and labels is not None:
-        lam = None if lam is None else lam.detach().to(dtype)
+        if lam is not None:
+            # A number is filled in on the device: a copy from host memory would wait for it.
+            lam = (
+                lam.detach().to(dtype)
+                if isinstance(lam, Tensor)
+                else torch.full((), lam, dtype=dtype, device=kd.device)
+            )
         ce = options.ce_weight * ce_rows(student, labels, partner_labels, lam)
     if invalid is not None:
         poison = torch.where(invalid, float("nan"), 1.0).to(dtype)
@@ -231,3 +243,35 @@ def row_losses(inputs: RowInputs, options: RowOptions) -> tuple[Tensor, Tensor]:
     if keep is not None:
         kd, ce = torch.where(keep, kd, 0.0), torch.where(keep, ce, 0.0)
     return kd, ce
+
+
+def kd_loss(
+    inputs: LossInputs, options: RowOptions, reduction: Reduction, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mixkd_fast.ops.KDLossBackend` in eager PyTorch."""
+    keep, invalid = kept_and_invalid_rows(inputs, ignore_index)
+    kd, ce = row_losses(inputs, options, keep, invalid)
+    weights = None if inputs.row_weights is None else inputs.row_weights.detach().to(kd.dtype)
+    if weights is not None:
+        kd, ce = kd * weights, ce * weights
+        if keep is not None:
+            kd, ce = torch.where(keep, kd, 0.0), torch.where(keep, ce, 0.0)
+    if reduction == "mean":
+        divisor = _divisor(kd, weights, keep, inputs.normalizer)
+        kd, ce = kd.sum() / divisor, ce.sum() / divisor
+    elif reduction == "sum":
+        kd, ce = kd.sum(), ce.sum()
+    return kd + ce, kd.detach(), ce.detach()
+
+
+def _divisor(rows: Tensor, weights: Tensor | None, keep: Tensor | None, normalizer: Tensor | float | None) -> Tensor:
+    """What "mean" divides by, 0 replaced by 1: then there is nothing to divide."""
+    if normalizer is not None:
+        divisor = torch.as_tensor(normalizer).detach().to(rows.dtype).reshape(())
+    elif weights is not None:
+        divisor = (weights if keep is None else torch.where(keep, weights, 0.0)).sum()
+    elif keep is not None:
+        divisor = keep.sum().to(rows.dtype)
+    else:
+        divisor = torch.as_tensor(max(rows.numel(), 1), dtype=rows.dtype)
+    return torch.where(divisor == 0, 1.0, divisor)

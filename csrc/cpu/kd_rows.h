@@ -1,0 +1,418 @@
+// The row loops of kd_loss. Included once per instruction set, inside that set's namespace: see kd_rows_*.cpp.
+//
+// Wide rows are read in blocks that stay in the first-level cache: a first reading gathers maxima and sums (rescaled
+// when a larger maximum appears), a middle one sums D and v for the divergences whose gradient needs them, a last one
+// writes the gradient. Narrow rows go 16 at a time, one per vector lane (kd_narrow.h).
+
+constexpr int BLOCK = 1024;
+
+// Blocks of a row as T: the row itself if it is stored so, else converted into `buffer`.
+template <typename T>
+struct Row {
+  const void* data;
+  Dtype dtype;
+  T* buffer;
+
+  const T* block(int64_t start, int n) const {
+    T* out = buffer;
+    if (dtype == Dtype::BF16) {
+      const uint16_t* in = static_cast<const uint16_t*>(data) + start;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) out[i] = static_cast<T>(float_of_bfloat16(in[i]));
+    } else if (dtype == Dtype::F16) {
+      const uint16_t* in = static_cast<const uint16_t*>(data) + start;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) out[i] = static_cast<T>(float_of_half(in[i]));
+    } else if constexpr (std::is_same_v<T, float>) {
+      return static_cast<const float*>(data) + start;
+    } else if (dtype == Dtype::F32) {
+      const float* in = static_cast<const float*>(data) + start;
+      for (int i = 0; i < n; ++i) out[i] = static_cast<T>(in[i]);
+    } else {
+      return static_cast<const T*>(data) + start;
+    }
+    return out;
+  }
+
+  T value(int64_t index) const {
+    if (dtype == Dtype::BF16) return static_cast<T>(float_of_bfloat16(static_cast<const uint16_t*>(data)[index]));
+    if (dtype == Dtype::F16) return static_cast<T>(float_of_half(static_cast<const uint16_t*>(data)[index]));
+    if (dtype == Dtype::F32) return static_cast<T>(static_cast<const float*>(data)[index]);
+    return static_cast<T>(static_cast<const double*>(data)[index]);
+  }
+};
+
+// Writes n values of T at `start` of a row stored as dtype.
+template <typename T>
+void store_block(void* row, Dtype dtype, int64_t start, int n, const T* values) {
+  if (dtype == Dtype::BF16) {
+    uint16_t* out = static_cast<uint16_t*>(row) + start;
+#pragma omp simd
+    for (int i = 0; i < n; ++i) out[i] = bfloat16_of_float(static_cast<float>(values[i]));
+  } else if (dtype == Dtype::F16) {
+    uint16_t* out = static_cast<uint16_t*>(row) + start;
+#pragma omp simd
+    for (int i = 0; i < n; ++i) out[i] = half_of_float(static_cast<float>(values[i]));
+  } else if (dtype == Dtype::F32) {
+    float* out = static_cast<float*>(row) + start;
+#pragma omp simd
+    for (int i = 0; i < n; ++i) out[i] = static_cast<float>(values[i]);
+  } else {
+    double* out = static_cast<double*>(row) + start;
+    for (int i = 0; i < n; ++i) out[i] = static_cast<double>(values[i]);
+  }
+}
+
+inline size_t bytes_of(Dtype dtype) { return dtype == Dtype::F64 ? 8 : dtype == Dtype::F32 ? 4 : 2; }
+
+template <typename T>
+T largest(const T* values, int n) {
+  T result = -INFINITE<T>;
+#pragma omp simd reduction(max : result)
+  for (int i = 0; i < n; ++i) result = values[i] > result ? values[i] : result;
+  return result;
+}
+
+// A running softmax: max of the values so far, sum of exp((value - max) * inverse_temperature). Blocks are summed in T,
+// rows of blocks in double.
+template <typename T>
+struct Softmax {
+  T inverse_temperature;
+  T max = -INFINITE<T>;
+  double sum = 0;
+
+  // What to subtract before exp: an empty row so far must not give -inf - -inf.
+  T shift() const { return max == -INFINITE<T> ? T(0) : max; }
+
+  // Makes room for values up to `block_max`; returns the factor for sums gathered so far.
+  T raise(T block_max) {
+    if (!(block_max > max)) return T(1);
+    const T factor = sum == 0 ? T(0) : exp_of_nonpositive((max - block_max) * inverse_temperature);
+    max = block_max;
+    sum *= factor;
+    return factor;
+  }
+
+  void add(const T* values, int n) {
+    raise(largest(values, n));
+    const T subtract = shift();
+    T total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int i = 0; i < n; ++i) total += exp_of_nonpositive((values[i] - subtract) * inverse_temperature);
+    sum += total;
+  }
+};
+
+// Everything of one row that both readings need.
+template <typename T>
+struct RowState {
+  Softmax<T> student, teacher;  // over the shared classes, at the temperature
+  Softmax<T> plain;             // over all classes, at temperature 1
+  double value = 0;             // sum of the values of D
+  double v = 0;                 // sum of v
+  DivergenceOptions<T> options;
+};
+
+template <typename T>
+struct Buffers {
+  alignas(64) T student[BLOCK], teacher[BLOCK], out[BLOCK];
+  alignas(64) T p[BLOCK], q[BLOCK], plain[BLOCK];  // rows of one block keep their exponentials
+  std::vector<T> wide_first, wide_second;          // [C], for the divergences that need whole rows
+};
+
+// First reading. KL(p || q) needs no middle reading: its sum of v is -1 and its value is gathered here as
+// sum p ((t - t_0) - (s - s_0)) / tau, t_0 and s_0 the first block's maxima: large common offsets must cancel.
+template <typename T>
+void read_statistics(const KdJob& job, const Row<T>& student, const Row<T>& teacher, bool forward_kl, bool gather_plain,
+                     RowState<T>& state) {
+  T student_start = 0, teacher_start = 0;
+  double difference = 0;
+  const T inverse = state.student.inverse_temperature;
+  for (int64_t start = 0; start < job.num_shared; start += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, job.num_shared - start));
+    const T* s = student.block(start, n);
+    const T* t = teacher.block(start, n);
+    state.student.raise(largest(s, n));
+    const T factor = state.teacher.raise(largest(t, n));
+    // What underflows is gone, even if it was infinite.
+    difference = factor == T(0) ? 0 : difference * factor;
+    if (start == 0) {
+      student_start = state.student.shift();
+      teacher_start = state.teacher.shift();
+    }
+    const T s_max = state.student.shift(), t_max = state.teacher.shift();
+    T s_sum = 0, t_sum = 0, block_difference = 0;
+    if (forward_kl) {
+#pragma omp simd reduction(+ : s_sum, t_sum, block_difference)
+      for (int i = 0; i < n; ++i) {
+        const T e = exp_of_nonpositive((t[i] - t_max) * inverse);
+        s_sum += exp_of_nonpositive((s[i] - s_max) * inverse);
+        t_sum += e;
+        const T product = e * ((t[i] - teacher_start) - (s[i] - student_start));
+        block_difference += e == T(0) ? T(0) : product;
+      }
+    } else {
+#pragma omp simd reduction(+ : s_sum, t_sum)
+      for (int i = 0; i < n; ++i) {
+        s_sum += exp_of_nonpositive((s[i] - s_max) * inverse);
+        t_sum += exp_of_nonpositive((t[i] - t_max) * inverse);
+      }
+    }
+    state.student.sum += s_sum;
+    state.teacher.sum += t_sum;
+    difference += block_difference;
+    if (gather_plain) state.plain.add(s, n);
+  }
+  if (forward_kl) {
+    const Softmax<T>& p = state.teacher;
+    const Softmax<T>& q = state.student;
+    const double offset = (q.shift() - student_start) - (p.shift() - teacher_start);
+    state.value = (difference / p.sum + offset) * inverse + (std::log(q.sum) - std::log(p.sum));
+    state.v = -1;
+  }
+}
+
+// Probabilities of one class and their logarithms.
+template <typename T>
+struct ClassProbabilities {
+  T p, q, log_p, log_q;
+};
+
+// From logits to probabilities, once the statistics of the row are there.
+template <typename T>
+struct Normalizer {
+  T inverse, s_max, t_max, s_log, t_log, s_share, t_share;
+
+  explicit Normalizer(const RowState<T>& state)
+      : inverse(state.student.inverse_temperature),
+        s_max(state.student.shift()),
+        t_max(state.teacher.shift()),
+        s_log(static_cast<T>(std::log(state.student.sum))),
+        t_log(static_cast<T>(std::log(state.teacher.sum))),
+        s_share(static_cast<T>(1 / state.student.sum)),
+        t_share(static_cast<T>(1 / state.teacher.sum)) {}
+
+  MIXKD_INLINE T student_probability(T s) const { return exp_of_nonpositive((s - s_max) * inverse) * s_share; }
+
+  MIXKD_INLINE ClassProbabilities<T> of(T s, T t) const {
+    const T s_shifted = (s - s_max) * inverse, t_shifted = (t - t_max) * inverse;
+    return {exp_of_nonpositive(t_shifted) * t_share, exp_of_nonpositive(s_shifted) * s_share, t_shifted - t_log,
+            s_shifted - s_log};
+  }
+};
+
+// Whether the gradient needs the v of every class, which the middle reading then leaves in a row of its own: an
+// exponential and a load cost less than the formula again.
+constexpr bool keeps_v(Divergence divergence) {
+  return divergence != Divergence::FORWARD_KL && divergence != Divergence::REVERSE_KL;
+}
+
+// Middle reading: the sums of D's values and of v; v itself into v_row [C] if that is not null.
+template <Divergence divergence, typename T>
+void sum_terms(const KdJob& job, const Row<T>& student, const Row<T>& teacher, RowState<T>& state, T* v_row) {
+  const DivergenceOptions<T> options = state.options;
+  const Normalizer<T> normalizer(state);
+  for (int64_t start = 0; start < job.num_shared; start += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, job.num_shared - start));
+    const T* s = student.block(start, n);
+    const T* t = teacher.block(start, n);
+    T value = 0, v = 0;
+    if (keeps_v(divergence) && v_row != nullptr) {
+      T* __restrict kept = v_row + start;
+#pragma omp simd reduction(+ : value, v)
+      for (int i = 0; i < n; ++i) {
+        const ClassProbabilities<T> c = normalizer.of(s[i], t[i]);
+        const ClassTerms<T> terms = class_terms<divergence>(c.p, c.q, c.log_p, c.log_q, options);
+        value += terms.value;
+        v += terms.v;
+        kept[i] = terms.v;
+      }
+    } else {
+#pragma omp simd reduction(+ : value, v)
+      for (int i = 0; i < n; ++i) {
+        const ClassProbabilities<T> c = normalizer.of(s[i], t[i]);
+        const ClassTerms<T> terms = class_terms<divergence>(c.p, c.q, c.log_p, c.log_q, options);
+        value += terms.value;
+        v += terms.v;
+      }
+    }
+    state.value += value;
+    state.v += v;
+  }
+}
+
+// What a row's gradient is made of: kd (v - q sum v) + ce (softmax - labels).
+template <typename T>
+struct GradientScale {
+  T kd, ce, lam;
+  int64_t label, partner_label;  // -1: none
+};
+
+// Adds the labels' part of the cross entropy to a block of the gradient.
+template <typename T>
+void subtract_labels(T* out, int64_t start, int n, const GradientScale<T>& scale) {
+  if (scale.label >= start && scale.label < start + n) out[scale.label - start] -= scale.ce * scale.lam;
+  if (scale.partner_label >= start && scale.partner_label < start + n) {
+    out[scale.partner_label - start] -= scale.ce * (T(1) - scale.lam);
+  }
+}
+
+// Last reading of the shared classes.
+template <Divergence divergence, typename T>
+void write_gradient(const KdJob& job, const Row<T>& student, const Row<T>& teacher, const RowState<T>& state,
+                    const GradientScale<T>& scale, bool share_plain, const T* v_row, void* gradient, T* out) {
+  const T plain_max = state.plain.shift();
+  const T plain_scale = scale.ce == T(0) ? T(0) : static_cast<T>(scale.ce / state.plain.sum);
+  // In the row itself where the gradient is stored as T; else converted afterwards.
+  const bool direct = job.student_dtype == (std::is_same_v<T, float> ? Dtype::F32 : Dtype::F64);
+  const Normalizer<T> normalizer(state);
+  const bool has_ce = scale.ce != T(0), separate = has_ce && !share_plain;
+  const T sum_v = static_cast<T>(state.v);
+  const T shared_ce = has_ce && share_plain ? scale.ce : T(0);
+  for (int64_t start = 0; start < job.num_shared; start += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, job.num_shared - start));
+    const T* s = student.block(start, n);
+    T* block = direct ? static_cast<T*>(gradient) + start : out;
+    if constexpr (divergence == Divergence::FORWARD_KL) {
+      const T* t = teacher.block(start, n);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const ClassProbabilities<T> c = normalizer.of(s[i], t[i]);
+        block[i] = scale.kd * (c.q - c.p) + shared_ce * c.q;
+      }
+    } else if constexpr (divergence == Divergence::REVERSE_KL) {
+      const T* t = teacher.block(start, n);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const ClassProbabilities<T> c = normalizer.of(s[i], t[i]);
+        // q (x - sum q x): in this order far-apart rows do not cancel.
+        const T product = c.q * (scale.kd * ((c.log_q - c.log_p) - sum_v) + shared_ce);
+        block[i] = c.q == T(0) ? T(0) : product;
+      }
+    } else {
+      const T* v = v_row + start;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const T q = normalizer.student_probability(s[i]);
+        block[i] = scale.kd * (v[i] - q * sum_v) + shared_ce * q;
+      }
+    }
+    if (separate) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) block[i] += exp_of_nonpositive(s[i] - plain_max) * plain_scale;
+    }
+    if (has_ce) subtract_labels(block, start, n, scale);
+    if (!direct) store_block(gradient, job.student_dtype, start, n, block);
+  }
+}
+
+// The cross entropy alone on classes [begin, end), from the statistics at temperature 1.
+template <typename T>
+void write_plain_gradient(const KdJob& job, const Row<T>& student, const RowState<T>& state,
+                          const GradientScale<T>& scale, int64_t begin, int64_t end, void* gradient, T* out) {
+  const T max = state.plain.shift();
+  const T share = scale.ce == T(0) ? T(0) : static_cast<T>(scale.ce / state.plain.sum);
+  for (int64_t start = begin; start < end; start += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, end - start));
+    if (scale.ce == T(0)) {
+      std::fill(out, out + n, T(0));
+    } else {
+      const T* s = student.block(start, n);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) out[i] = exp_of_nonpositive(s[i] - max) * share;
+      subtract_labels(out, start, n, scale);
+    }
+    store_block(gradient, job.student_dtype, start, n, out);
+  }
+}
+
+// lam CE(labels) + (1 - lam) CE(partner_labels) from the log of the sum of exponentials; a term of weight 0 is not
+// looked at: it may be infinite.
+template <typename T, typename Logit>
+MIXKD_INLINE T hard_label_loss(const GradientScale<T>& scale, T log_sum, Logit logit) {
+  T total = 0;
+  if (scale.lam != T(0)) total += scale.lam * (log_sum - logit(scale.label));
+  if (scale.partner_label >= 0 && scale.lam != T(1))
+    total += (T(1) - scale.lam) * (log_sum - logit(scale.partner_label));
+  return total;
+}
+
+template <typename T>
+T cross_entropy(const RowState<T>& state, const Row<T>& student, const GradientScale<T>& scale) {
+  const T shift = state.plain.shift();
+  return hard_label_loss(scale, static_cast<T>(std::log(state.plain.sum)),
+                         [&student, shift](int64_t label) { return student.value(label) - shift; });
+}
+
+// Mean of (s - t)^2 over the classes that neither side masks; temperature and softmax have no part in it.
+template <typename T>
+T squared_error(const KdJob& job, const Row<T>& student, const Row<T>& teacher, int64_t& count) {
+  double total = 0;
+  count = 0;
+  for (int64_t start = 0; start < job.num_shared; start += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, job.num_shared - start));
+    const T* s = student.block(start, n);
+    const T* t = teacher.block(start, n);
+    T sum = 0;
+    int kept = 0;
+#pragma omp simd reduction(+ : sum, kept)
+    for (int i = 0; i < n; ++i) {
+      const bool masked = s[i] == -INFINITE<T> || t[i] == -INFINITE<T>;
+      const T difference = masked ? T(0) : s[i] - t[i];
+      sum += difference * difference;
+      kept += masked ? 0 : 1;
+    }
+    total += sum;
+    count += kept;
+  }
+  return count == 0 ? T(0) : static_cast<T>(total / static_cast<double>(count));
+}
+
+template <typename T>
+void write_squared_gradient(const KdJob& job, const Row<T>& student, const Row<T>& teacher, const RowState<T>& state,
+                            const GradientScale<T>& scale, int64_t count, void* gradient, T* out) {
+  const T twice = count == 0 ? T(0) : T(2) * scale.kd / static_cast<T>(count);
+  const T plain_max = state.plain.shift();
+  const T plain_share = scale.ce == T(0) ? T(0) : static_cast<T>(scale.ce / state.plain.sum);
+  for (int64_t start = 0; start < job.num_shared; start += BLOCK) {
+    const int n = static_cast<int>(std::min<int64_t>(BLOCK, job.num_shared - start));
+    const T* s = student.block(start, n);
+    const T* t = teacher.block(start, n);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) {
+      const bool masked = s[i] == -INFINITE<T> || t[i] == -INFINITE<T>;
+      out[i] = masked ? T(0) : twice * (s[i] - t[i]);
+    }
+    if (scale.ce != T(0)) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) out[i] += exp_of_nonpositive(s[i] - plain_max) * plain_share;
+      subtract_labels(out, start, n, scale);
+    }
+    store_block(gradient, job.student_dtype, start, n, out);
+  }
+}
+
+// The weights of adaptive_kl from p and q [n]: distance |p - q| over the head (the likeliest classes by p, ties by
+// lower index, until their mass exceeds 0.5) and over the rest.
+template <typename T>
+void adaptive_weights(const T* p, const T* q, int64_t n, DivergenceOptions<T>& options) {
+  std::vector<int64_t> order(n);
+  std::iota(order.begin(), order.end(), int64_t(0));
+  // A heap with the likeliest class on top: the head is often a handful of classes.
+  const auto later = [p](int64_t left, int64_t right) {
+    return p[left] < p[right] || (p[left] == p[right] && left > right);
+  };
+  std::make_heap(order.begin(), order.end(), later);
+  double mass = 0, head = 0, tail = 0;
+  const auto distance = [p, q](int64_t index) { return std::abs(static_cast<double>(p[index]) - q[index]); };
+  auto end = order.end();
+  while (mass <= 0.5 && end != order.begin()) {
+    std::pop_heap(order.begin(), end, later);
+    mass += p[*--end];
+    head += distance(*end);
+  }
+  for (auto index = order.begin(); index != end; ++index) tail += distance(*index);
+  const double whole = head + tail;
+  options.forward_weight = whole == 0 ? T(0) : static_cast<T>(head / whole);
+  options.reverse_weight = whole == 0 ? T(0) : static_cast<T>(tail / whole);
+}

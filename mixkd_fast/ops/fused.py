@@ -1,0 +1,141 @@
+"""`kd_loss` by one of the compiled ops: from any shape and dtype to the op's [N, C] and back.
+
+Legend of shape suffixes: `...` the rows (any leading shape), N their number, C classes.
+"""
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from mixkd_fast.ops import DivergenceName, LossInputs, Reduction, RowOptions, TopK
+from mixkd_fast.ops.checks import readable
+from mixkd_fast.ops.schema import OVERLOADS, KDLossFunction, call_kernel
+
+DIVERGENCE_INDEX = {name: index for index, name in enumerate(get_args(DivergenceName))}
+REDUCTION_INDEX = {name: index for index, name in enumerate(get_args(Reduction))}
+CLASS_NAMES = ("labels", "partner_labels", "teacher_logits.indices")
+"""What holds class numbers, as the kernels' errors call it."""
+
+
+def kd_loss(
+    inputs: LossInputs, options: RowOptions, reduction: Reduction, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mixkd_fast.ops.KDLossBackend` by the C++ kernels of the tensors' device."""
+    return _call("kd_loss", inputs, options, reduction, ignore_index)
+
+
+def kd_loss_triton(
+    inputs: LossInputs, options: RowOptions, reduction: Reduction, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mixkd_fast.ops.KDLossBackend` by the Triton kernels."""
+    return _call("kd_loss_triton", inputs, options, reduction, ignore_index)
+
+
+def _call(
+    name: str, inputs: LossInputs, options: RowOptions, reduction: Reduction, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    student_logits, teacher, labels, partner_labels, lam, row_weights, normalizer = inputs
+    rows = student_logits.shape[:-1]
+    flat = _matrix(student_logits)
+    indices = None
+    tail_mass = True
+    compute = torch.float32 if student_logits.dtype != torch.float64 else torch.float64
+    if isinstance(teacher, TopK):
+        indices, logprobs, tail_mass = teacher
+        if logprobs.dtype == torch.float64:
+            compute = torch.float64
+        indices = indices.reshape(-1, indices.shape[-1]).long().contiguous()
+        teacher_logits = logprobs.detach().to(compute).reshape(indices.shape).contiguous()
+    elif teacher is not None:
+        teacher_logits = _matrix(teacher.detach())
+        if teacher.dtype == torch.float64:
+            compute = torch.float64
+    else:
+        teacher_logits = None
+    if compute == torch.float64 and (name != "kd_loss" or student_logits.device.type != "cpu"):
+        raise ValueError("student_logits or teacher_logits is torch.float64; allowed: float32, bfloat16, float16")
+
+    need_grad = student_logits.requires_grad and torch.is_grad_enabled()
+    scale = _power_of_two(flat.shape[0]) if student_logits.dtype == torch.float16 and reduction == "mean" else 1.0
+    arguments: tuple[Any, ...] = (
+        flat,
+        teacher_logits,
+        indices,
+        _rows(labels, torch.int64),
+        _rows(partner_labels, torch.int64),
+        _lam(lam, rows, compute, flat.device),
+        _rows(row_weights, compute),
+        _normalizer(normalizer, compute, flat.device),
+        DIVERGENCE_INDEX[options.divergence],
+        options.temperature,
+        options.beta,
+        options.alpha,
+        options.ab_alpha,
+        options.ab_beta,
+        options.detach_mixture,
+        options.kd_weight * scale,
+        options.ce_weight * scale,
+        tail_mass,
+        ignore_index,
+        REDUCTION_INDEX[reduction],
+        need_grad,
+        not torch.compiler.is_compiling(),
+    )
+    try:
+        if torch.compiler.is_compiling():
+            loss, kd, ce, _ = OVERLOADS[name](*arguments)
+        elif need_grad:
+            loss, kd, ce = KDLossFunction.apply(name, 1.0 / scale, *arguments)
+            scale = 1.0
+        else:
+            loss, kd, ce, _ = call_kernel(name, arguments)
+    except RuntimeError as error:
+        raise readable(error, CLASS_NAMES) from None
+    if scale != 1:
+        loss, kd, ce = loss / scale, kd / scale, ce / scale
+    if reduction == "none" and len(rows) != 1:
+        loss, kd, ce = loss.view(rows), kd.view(rows), ce.view(rows)
+    return loss, kd, ce
+
+
+def _matrix(logits: Tensor) -> Tensor:
+    """[..., C] as [N, C] with classes next to each other; a copy only where no view can be that."""
+    if logits.dim() != 2:
+        logits = logits.reshape(-1, logits.shape[-1])
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def _rows(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """[...] as contiguous [N] of `dtype`."""
+    if values is None:
+        return None
+    values = values.detach()
+    if values.dtype != dtype:
+        values = values.to(dtype)
+    if values.dim() != 1:
+        values = values.reshape(-1)
+    return values.contiguous()
+
+
+def _lam(lam: Tensor | float | None, rows: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """[N], filled on the device if it is one number: a copy from host memory would wait for it."""
+    if lam is None:
+        return None
+    if not isinstance(lam, Tensor):
+        return torch.full((rows.numel(),), lam, dtype=dtype, device=device)
+    return _rows(lam if lam.dim() > 0 else lam.expand(rows), dtype)
+
+
+def _normalizer(normalizer: Tensor | float | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """[] on the device, without waiting for it."""
+    if normalizer is None:
+        return None
+    if isinstance(normalizer, Tensor):
+        return normalizer.detach().to(device=device, dtype=dtype, non_blocking=True).reshape(())
+    return torch.full((), normalizer, dtype=dtype, device=device)
+
+
+def _power_of_two(num_rows: int) -> float:
+    """A scale for a mean's fp16 gradient: 1 / rows of a probability is below the smallest half-precision number."""
+    return float(2 ** max(0, (num_rows - 1).bit_length()))

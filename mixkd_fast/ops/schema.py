@@ -1,0 +1,134 @@
+"""The op `mixkd_fast::kd_loss`: its schema, fake kernel and autograd, once for every backend of compiled code.
+
+The kernels of csrc/ register themselves for CPU and CUDA when their library is loaded (`native.py`);
+`mixkd_fast::kd_loss_triton` is the same op by Triton. The loss and its gradient come from one call: the backward only
+multiplies. Legend of shape suffixes: N rows, C classes, K kept classes of a top-k teacher.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("mixkd_fast", "FRAGMENT")
+
+ARGUMENTS = (
+    "Tensor student_logits, Tensor? teacher_logits, Tensor? teacher_indices, Tensor? labels, Tensor? partner_labels, "
+    "Tensor? lam, Tensor? row_weights, Tensor? normalizer, int divergence, float temperature, float beta, float alpha, "
+    "float ab_alpha, float ab_beta, bool detach_mixture, float kd_weight, float ce_weight, bool tail_mass, "
+    "int ignore_index, int reduction, bool need_grad, bool raise_invalid"
+)
+NUM_ARGUMENTS = ARGUMENTS.count(",") + 1
+RESULTS = "(Tensor loss, Tensor kd, Tensor ce, Tensor grad_logits)"
+OPS = ("kd_loss", "kd_loss_triton")
+NO_GRADIENTS = (None,) * (NUM_ARGUMENTS + 2)
+NONE = 2
+"""`reduction`: 0 mean, 1 sum, 2 none."""
+
+
+def _fake(student_logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of the results, as the kernels allocate them."""
+    teacher_logits, reduction, need_grad = arguments[0], arguments[18], arguments[19]
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    if teacher_logits is not None:
+        dtype = torch.promote_types(dtype, teacher_logits.dtype)
+    shape = student_logits.shape[:1] if reduction == NONE else ()
+    loss, kd, ce = (student_logits.new_empty(shape, dtype=dtype) for _ in range(3))
+    gradient = student_logits.new_empty(student_logits.shape if need_grad else (0,))
+    return loss, kd, ce, gradient
+
+
+def _backward(grad_logits: Tensor, grad_output: Tensor, scale: float) -> Tensor:
+    """d / d student_logits: the gradient that the forward saved, times grad_output * scale.
+
+    On the CPU nothing is moved where that factor is 1; grad_output may be read there without waiting for a device.
+    """
+    is_plain = type(grad_output) is Tensor and not torch.compiler.is_compiling()
+    if is_plain and grad_output.device.type == "cpu" and grad_output.dim() == 0 and grad_output.item() * scale == 1:
+        return grad_logits
+    scaled: Tensor = torch.ops.mixkd_fast.scaled_gradient(grad_logits, grad_output, scale)
+    return scaled
+
+
+def _scaled_gradient_eager(grad_logits: Tensor, grad_output: Tensor, scale: float) -> Tensor:
+    """grad_logits [N, C] * grad_output ([] or [N]) * scale in the dtype of grad_output, rounded once."""
+    factor = (grad_output if grad_output.dim() == 0 else grad_output.unsqueeze(-1)) * scale
+    return (grad_logits.to(factor.dtype) * factor).to(grad_logits.dtype)
+
+
+def call_kernel(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op's kernel for these tensors, past its registered autograd: two layers of Python less."""
+    with torch._C._AutoDispatchBelowAutograd():
+        results: tuple[Tensor, Tensor, Tensor, Tensor] = OVERLOADS[name](*arguments)
+    return results
+
+
+class KDLossFunction(torch.autograd.Function):
+    """The op with its gradient, for callers in Python: half the overhead of the op's own registration.
+
+    It saves an intermediate and not an output, so that the saved tensor itself can be handed on: autograd makes it a
+    leaf's `.grad` only once the graph has let go of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, scale: float, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, kd, ce) of the op `name`, whose losses and gradient are 1 / scale times too large."""
+        loss, kd, ce, grad_logits = call_kernel(name, arguments)
+        if scale != 1:
+            loss, kd, ce = loss * scale, kd * scale, ce * scale
+        ctx.save_for_backward(grad_logits)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(kd, ce)
+        ctx.set_materialize_grads(False)
+        return loss, kd, ce
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """The saved gradient times grad_output; there is no second derivative."""
+        if grad_output is None:
+            return NO_GRADIENTS
+        gradient = _backward(ctx.saved_tensors[0], grad_output, ctx.scale)
+        if torch.is_grad_enabled():
+            gradient = _refusing_a_second_derivative(gradient)
+        return None, None, gradient, *NO_GRADIENTS[3:]
+
+
+def _refusing_a_second_derivative(gradient: Tensor) -> Tensor:
+    """For create_graph=True: an error where the gradient is differentiated again; as a constant it would be wrong."""
+    refuse = torch._C._functions.DelayedError(b"kd_loss is differentiable once; backend='reference' knows no limit", 1)
+    refusing: Tensor = refuse(gradient.detach().requires_grad_())
+    return refusing
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, kd, ce, grad_logits = output
+    ctx.save_for_backward(grad_logits)
+    ctx.mark_non_differentiable(kd, ce, grad_logits)
+
+
+def _registered_backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    # Always a new tensor: the saved one is an output, which belongs to the caller.
+    gradient = torch.ops.mixkd_fast.scaled_gradient(ctx.saved_tensors[0], grad_output, 1.0)
+    return gradient, *(None,) * (NUM_ARGUMENTS - 1)
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from mixkd_fast.ops.triton_kd_loss import kd_loss
+
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = kd_loss(*arguments)
+    return results
+
+
+for _name in OPS:
+    LIBRARY.define(f"{_name}({ARGUMENTS}) -> {RESULTS}")
+    torch.library.register_fake(f"mixkd_fast::{_name}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(f"mixkd_fast::{_name}", _registered_backward, setup_context=_save, lib=LIBRARY)
+LIBRARY.impl("kd_loss_triton", _triton, "CUDA")
+# On the CPU Triton's interpreter runs it, for tests.
+LIBRARY.impl("kd_loss_triton", _triton, "CPU")
+LIBRARY.define("scaled_gradient(Tensor grad_logits, Tensor grad_output, float scale) -> Tensor")
+LIBRARY.impl("scaled_gradient", _scaled_gradient_eager, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "mixkd_fast::scaled_gradient", lambda grad_logits, grad_output, scale: torch.empty_like(grad_logits), lib=LIBRARY
+)
+OVERLOADS = {_name: getattr(torch.ops.mixkd_fast, _name).default for _name in OPS}
