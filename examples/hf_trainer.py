@@ -38,8 +38,10 @@ class DistillationTrainer(Trainer):
         return self.teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
 
     def rows_per_process(self, num_items_in_batch: Any) -> Any:
-        """Gradients are averaged over processes, `num_items_in_batch` counts the rows of all of them."""
-        return None if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
+        """Gradients are averaged over processes; the count is that of all of them unless the arguments say no."""
+        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
+            return num_items_in_batch
+        return num_items_in_batch / self.accelerator.num_processes
 
 
 def tiny_bert(layers: int, hidden_size: int) -> BertForSequenceClassification:

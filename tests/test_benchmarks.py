@@ -1,0 +1,225 @@
+"""The benchmarks: what they time is checked, wrong results are refused, tables and bars say what was measured."""
+
+import json
+import time
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import kl_rows, relative_error
+
+import mixkd_fast.mix
+from benchmarks import __main__ as program
+from benchmarks import bench_kd_loss, peers, render, timing
+from benchmarks.bars import bars, predicted_ms, predictions
+from benchmarks.cases import KDCase, kd_cases, kd_inputs, mix_cases
+from benchmarks.timing import Arm, Budget, WrongResult, interleave, measure, peak_bytes
+
+CPU = torch.device("cpu")
+BRIEF = Budget(seconds=0.0, least=3, most=3)
+MIXED = KDCase(10, 7, torch.float32, mixed=True)
+
+
+def test_every_variant_runs_in_every_round() -> None:
+    counts = {"slow": 0, "fast": 0}
+
+    def call(name: str, seconds: float) -> None:
+        counts[name] += 1
+        time.sleep(seconds)
+
+    timings = interleave({"slow": lambda: call("slow", 0.02), "fast": lambda: call("fast", 0.005)}, CPU, BRIEF)
+    assert timings["slow"].rounds == timings["fast"].rounds == 3
+    assert 20 <= timings["slow"].lower_ms <= timings["slow"].median_ms <= timings["slow"].upper_ms
+    assert 5 <= timings["fast"].median_ms < timings["slow"].median_ms
+    # Three calls to learn how long one takes, then one per round, because each outlasts a sample.
+    assert counts == {"slow": 6, "fast": 6}
+
+
+def test_short_calls_are_repeated_within_a_sample() -> None:
+    timings = interleave({"short": lambda: None}, CPU, BRIEF)
+    assert timings["short"].calls_per_sample > 1000
+    assert timings["short"].median_ms < 1e-3
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.empty(1 << 18)
+
+    def together() -> None:
+        _ = [torch.empty(1 << 18) for _ in range(3)]
+
+    assert peak_bytes(one_after_the_other, CPU) == 1 << 20
+    assert peak_bytes(together, CPU) == 3 << 20
+
+
+def test_error_is_the_relative_norm() -> None:
+    truth = torch.randn(50, 3, dtype=torch.float64)
+    actual = truth.float() * 1.01
+    assert timing.relative_error(actual, truth) == pytest.approx(relative_error(actual, truth))
+    assert timing.relative_error(torch.ones(4), torch.zeros(4, dtype=torch.float64)) == 2.0
+    with pytest.raises(WrongResult, match="shape"):
+        timing.relative_error(torch.ones(4), torch.zeros(5))
+
+
+@pytest.mark.parametrize("value", [1.001, float("nan")])
+def test_wrong_results_have_no_time(value: float) -> None:
+    truth = {"loss": torch.ones((), dtype=torch.float64)}
+
+    def arm(kind: timing.Kind, result: float) -> Arm:
+        return Arm(kind, kind, lambda: (torch.tensor(result),))
+
+    def run(*arms: Arm) -> list[dict[str, Any]]:
+        return measure(arms, lambda: None, 8, 8, truth, torch.float32, {torch.float32: 1e-5}, CPU, BRIEF)
+
+    with pytest.raises(WrongResult, match="project: relative L2 error against fp64 of loss"):
+        run(arm("project", value))
+    entries = run(arm("project", 1.0), arm("peer", value * 2))
+    assert [entry["name"] for entry in entries] == ["copy", "project", "peer"]
+    assert "time" in entries[1] and entries[1]["errors"] == {"loss": 0.0}
+    assert "time" not in entries[2] and "error too large" in entries[2]["why"]
+
+
+def test_truth_in_pieces_is_the_mixkd_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_kd_loss, "TRUTH_ELEMENTS", 3 * MIXED.classes)
+    inputs = kd_inputs(MIXED, CPU)
+    student = inputs.student_logits.detach().double().requires_grad_()
+    log_q = student.log_softmax(-1)
+    first, second = (log_q.gather(1, y[:, None])[:, 0] for y in (inputs.labels, inputs.partner_labels))
+    lam = inputs.lam.double()
+    rows = kl_rows(student, inputs.teacher_logits.double(), 2.0) - lam * first - (1 - lam) * second
+    loss, gradient = bench_kd_loss.truth(MIXED, inputs)
+    assert loss.item() == pytest.approx(rows.mean().item(), rel=1e-12)
+    assert relative_error(gradient, torch.autograd.grad(rows.mean(), student)[0]) < 1e-12
+
+
+DIVERGENCES = [KDCase(10, 70, torch.float32, name) for name in ("forward_kl", "reverse_kl", "jsd")]
+
+
+@pytest.mark.parametrize(
+    ("source", "case"),
+    [("eager", MIXED), *((source, case) for source in ("eager", "trl") for case in DIVERGENCES)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_peers_compute_the_same_loss(source: str, case: KDCase) -> None:
+    if source == "trl":
+        pytest.importorskip("trl", reason="compares with trl's loss")
+    loss = getattr(peers, source)(case)
+    assert callable(loss), loss
+    inputs = kd_inputs(case, CPU)
+    value = loss(inputs)
+    expected, gradient = bench_kd_loss.truth(case, inputs)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert relative_error(torch.autograd.grad(value, inputs.student_logits)[0], gradient) < 1e-5
+
+
+def arms(**medians: float) -> list[dict[str, Any]]:
+    kinds = {"eager": "eager", "compiled": "compile", "copy": "copy"}
+    return [
+        {
+            "name": name.replace("_kl", ", forward_kl"),
+            "kind": kinds.get(name, "project"),
+            "time": {"median_ms": median},
+            "fraction_of_copy": 1.5 * medians["copy"] / median,
+        }
+        for name, median in medians.items()
+    ]
+
+
+def result(case: KDCase, **medians: float) -> dict[str, Any]:
+    described = {
+        "name": case.name,
+        "rows": case.rows,
+        "classes": case.classes,
+        "divergence": case.divergence,
+        "mixed": case.mixed,
+        "dtype": "fp32" if case.dtype == torch.float32 else "bf16",
+    }
+    return {"op": "kd_loss", "case": described, "arms": arms(**medians)}
+
+
+def test_bars_of_the_cpu() -> None:
+    wide = KDCase(512, 32000, torch.float32)
+    measured = [
+        result(wide, copy=10, eager=200, compiled=22, cpu=16),
+        result(KDCase(512, 32000, torch.bfloat16, "jsd"), copy=10, cpu=31, cpu_kl=20),
+        result(KDCase(4096, 3, torch.float32, mixed=True), copy=1, eager=39, cpu=10),
+        result(wide, copy=10, eager=200),
+        result(KDCase(512, 30522, torch.float32), copy=10, eager=20, cpu=16),
+    ]
+    found = bars(measured, {"type": "cpu", "capability": None})
+    expected = [(1.0667, True), (12.5, True), (1.375, False), (1.55, False), (3.9, False)]
+    assert [(round(bar["measured"], 4), bar["passed"]) for bar in found[:5]] == expected
+    assert [bar["passed"] for bar in found[5:]] == [None, None, None]
+
+
+@pytest.mark.parametrize(("capability", "limit"), [([9, 0], 0.9), ([8, 0], 0.75)])
+def test_bars_of_a_gpu(capability: list[int], limit: float) -> None:
+    case = KDCase(8192, 128256, torch.bfloat16)
+    found = bars([result(case, copy=1.0, cuda=1.8, triton=2.1)], {"type": "cuda", "capability": capability})
+    assert [(bar["backend"], bar["limit"]) for bar in found] == [("cuda", limit), ("triton", 0.75)]
+    assert [bar["passed"] for bar in found] == [limit < 0.8, False]
+
+
+def test_predictions_are_labelled_and_leave_out_the_measured_gpu() -> None:
+    assert predicted_ms(2_000_000_000, 2000.0) == pytest.approx(1.0)
+    assert predicted_ms(2_000_000_000, 2000.0, share=0.5) == pytest.approx(2.0)
+    entries = predictions("NVIDIA H200")
+    assert {entry["label"] for entry in entries} == {"prediction"}
+    assert {entry["device"] for entry in entries} == {"A100 80GB SXM", "H100 SXM"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_names_of_cases_are_distinct(device: str) -> None:
+    for cases in (kd_cases(torch.device(device), False), mix_cases(torch.device(device), False)):
+        assert len({case.name for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("op", ["kd_loss", "mix_embeddings"])
+def test_quick_run_writes_figures_table_and_plot(op: str, tmp_path: Path) -> None:
+    if op == "mix_embeddings" and not hasattr(mixkd_fast.mix, "mix_embeddings"):
+        pytest.skip("this version has no mix_embeddings")
+    file = tmp_path / "results" / "figures.json"
+    program.main([op, "--quick", "--no-tests", "--json", str(file)])
+    report = json.loads(file.read_text())
+    assert report["command"] == f"python -m benchmarks {op} --quick --no-tests --json figures.json"
+    assert report["tests"] == {"ran": False}
+    assert report["versions"]["torch"] == torch.__version__
+    for entry in report["results"]:
+        timed = {arm["name"]: arm for arm in entry["arms"] if "time" in arm}
+        assert {"copy", "eager", "reference"} <= set(timed)
+        assert timed["reference"]["peak_bytes"] > 0 and max(timed["reference"]["errors"].values()) < 1e-5
+        assert all("why" in arm for arm in entry["arms"] if arm["name"] not in timed)
+    table = file.with_suffix(".md").read_text()
+    assert table == render.markdown(report)
+    assert all(entry["case"]["name"] in table for entry in report["results"])
+    assert "compared with fp64" in table
+    picture = xml.etree.ElementTree.parse(file.with_suffix(".svg"))
+    assert picture.getroot().tag.endswith("svg")
+
+
+def test_wrong_backend_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    truth = bench_kd_loss.truth
+    monkeypatch.setattr(bench_kd_loss, "truth", lambda *arguments: tuple(1.001 * t for t in truth(*arguments)))
+    with pytest.raises(SystemExit, match=r"kd_loss: .*relative L2 error .*Nothing is reported"):
+        program.main(["kd_loss", "--quick", "--no-tests", "--json", str(tmp_path / "figures.json")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_failing_or_absent_tests_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_wrong.py").write_text("def test_wrong():\n    assert 1 == 2\n")
+    (tmp_path / "tests" / "test_right.py").write_text("def test_right():\n    assert 1 == 1\n")
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=r"(?s)assert 1 == 2.*Tests fail: nothing is timed"):
+        program.run_tests(["test_wrong*.py"])
+    with pytest.raises(SystemExit, match=r"no tests named test_none"):
+        program.run_tests(["test_right.py", "test_none*.py"])
+    assert program.run_tests(["test_right.py"])["summary"].startswith("1 passed")
+
+
+def test_unknown_case_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no case holds 'nonsense'"):
+        program.main(["kd_loss", "--quick", "--no-tests", "--cases", "nonsense"])
