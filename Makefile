@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEEPSPEED := $(BIN)/deepspeed
 
-.PHONY: demo test demo-teacher quality lint venv clean
+OP_TESTS := $(wildcard tests/test_losses*.py tests/test_reference_divergences.py tests/test_kd_loss_kernels.py tests/test_mix_embeddings*.py)
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+.PHONY: demo test bench demo-teacher quality lint build asan gpu-check venv clean
 
 demo: venv  ## a teacher, three students, a table and a report, in a few minutes
 	$(DEEPSPEED) mixkd_fast/train.py --config configs/demo_finetune.json
@@ -15,6 +18,9 @@ demo: venv  ## a teacher, three students, a table and a report, in a few minutes
 test: venv  ## every test
 	$(BIN)/python -m pytest
 
+bench: venv  ## measure the fused ops against eager PyTorch, torch.compile and a copy of the same bytes
+	$(BIN)/python -m benchmarks all --json runs/bench/ops.json
+
 demo-teacher: venv  ## train the demo's teacher again (its weights are part of the package)
 	$(DEEPSPEED) mixkd_fast/train.py --config configs/demo_teacher.json
 
@@ -23,6 +29,25 @@ quality: venv  ## fine-tuning, KD and MixKD on MNLI, SST-2 and RTE: DATA=folder 
 
 lint: venv  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+
+build: venv  ## compile the extensions again after a change in csrc/
+	$(BIN)/python setup.py build_ext --inplace
+
+asan: venv  ## the op tests on a CPU library built with the address and undefined-behaviour sanitizers
+	rm -rf build/asan && mkdir -p build/asan
+	cp -r mixkd_fast csrc tests setup.py build_flags.py pyproject.toml README.md LICENSE build/asan/
+	rm -f build/asan/mixkd_fast/*.so
+	cd build/asan && CFLAGS="$(SANITIZE) -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" MIXKD_BUILD=cpu \
+	    ../../$(BIN)/python setup.py build_ext --inplace
+	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 MIXKD_REQUIRE=cpu ../../$(BIN)/python -m pytest -q $(OP_TESTS) -k "not torch_compile and not compiled"
+
+gpu-check: venv  ## on a machine with an NVIDIA GPU: build the CUDA ops, test every backend, benchmark, write runs/gpu/
+	MIXKD_BUILD=cuda $(BIN)/python setup.py build_ext --inplace
+	mkdir -p runs/gpu
+	MIXKD_REQUIRE=cpu,cuda $(BIN)/python -m pytest -q $(OP_TESTS) tests/test_cuda_*.py tests/test_triton_*.py
+	$(BIN)/python -m benchmarks all --device cuda --json runs/gpu/ops.json
 
 venv:
 	@$(PYTHON) .ci/make_venv.py

@@ -164,7 +164,7 @@ class BuildExtensions(build_ext):
         if target.exists() and target.stat().st_mtime > newest and not self.force:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1) as pool:
             objects = list(pool.map(lambda source: self.compile(ext, source), ext.sources))
         if ext.name.endswith("_cuda"):
             paths = [f"-L{folder}" for folder in ext.library_dirs]

@@ -65,12 +65,23 @@ MIXKD_INLINE T kl_term(T a, T log_a, T log_b) {
   return a == T(0) ? T(0) : term;
 }
 
+// Smallest normal number: log_of is not for smaller ones.
+template <typename T>
+constexpr T SMALLEST = std::numeric_limits<T>::min();
+
+template <typename T>
+MIXKD_INLINE T mixture(T weight_p, T p, T weight_q, T q) {
+  const T m = weight_p * p + weight_q * q;
+  return m < SMALLEST<T> ? SMALLEST<T> : m;
+}
+
 // a (log a - log m) for a mixture m >= c a with c > 0. The logarithm of the mixture may be taken from probabilities,
-// unlike elsewhere: where m is too small for a normal number, so is a, and the term is below 1e-34.
+// unlike elsewhere: where m is too small for a normal number, a is below 1e-30 unless c is tiny, and the term below
+// 1e-28.
 template <typename T>
 MIXKD_INLINE T mixture_term(T a, T log_a, T log_m) {
   const T term = a * (log_a - log_m);
-  return a < T(1e-36) ? T(0) : term;
+  return a < SMALLEST<T> * T(100) ? T(0) : term;
 }
 
 // e^log_moved - power where power = e^log_power and log_moved = log_power + step.
@@ -140,18 +151,18 @@ MIXKD_INLINE ClassTerms<T> class_terms(T p, T q, T log_p, T log_q, const Diverge
     const T term = kl_term(q, log_q, log_p);
     return {term, term};
   } else if constexpr (divergence == Divergence::JSD) {
-    const T log_m = log_of(options.beta * p + (T(1) - options.beta) * q);
+    const T log_m = log_of(mixture(options.beta, p, T(1) - options.beta, q));
     const T student = (T(1) - options.beta) * mixture_term(q, log_q, log_m);
     return {options.beta * mixture_term(p, log_p, log_m) + student, student};
   } else if constexpr (divergence == Divergence::SKEW_FORWARD_KL) {
-    const T m = options.alpha * p + (T(1) - options.alpha) * q;
-    const T part = (T(1) - options.alpha) * q / m;
-    return {mixture_term(p, log_p, log_of(m)), p < T(1e-36) ? T(0) : -p * part};
+    const T m = mixture(options.alpha, p, T(1) - options.alpha, q);
+    return {mixture_term(p, log_p, log_of(m)), -p * quotient((T(1) - options.alpha) * q, m)};
   } else if constexpr (divergence == Divergence::SKEW_REVERSE_KL) {
-    const T m = (T(1) - options.alpha) * p + options.alpha * q;
+    const T m = mixture(T(1) - options.alpha, p, options.alpha, q);
     const T term = mixture_term(q, log_q, log_of(m));
-    const T through = options.detach_mixture ? T(0) : options.alpha * q / m;
-    return {term, q < T(1e-36) ? T(0) : term - q * through};
+    // As a factor and not as a choice of terms: a loop over classes stays vectorised.
+    const T attached = options.detach_mixture ? T(0) : options.alpha;
+    return {term, term - q * quotient(attached * q, m)};
   } else if constexpr (divergence == Divergence::ALPHA_BETA) {
     return alpha_beta_terms(log_p, log_q, options);
   } else if constexpr (divergence == Divergence::ALPHA_BETA_FIRST || divergence == Divergence::ALPHA_BETA_SECOND) {

@@ -5,6 +5,7 @@ The kernels of csrc/ register themselves for CPU and CUDA when their library is 
 multiplies. Legend of shape suffixes: N rows, C classes, K kept classes of a top-k teacher.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,13 +42,23 @@ def _fake(student_logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
 def _backward(grad_logits: Tensor, grad_output: Tensor, scale: float) -> Tensor:
     """d / d student_logits: the gradient that the forward saved, times grad_output * scale.
 
-    On the CPU nothing is moved where that factor is 1; grad_output may be read there without waiting for a device.
+    Where that factor is 1 nothing is moved. The CPU reads it here; a GPU reads it in the kernel, which may work in
+    place if this backward does not keep the graph: then nobody else will ask for the saved gradient.
     """
     is_plain = type(grad_output) is Tensor and not torch.compiler.is_compiling()
     if is_plain and grad_output.device.type == "cpu" and grad_output.dim() == 0 and grad_output.item() * scale == 1:
         return grad_logits
+    if is_plain and grad_output.device.type == "cuda" and not _graph_is_kept():
+        torch.ops.mixkd_fast.scale_gradient_(grad_logits, grad_output, scale)
+        return grad_logits
     scaled: Tensor = torch.ops.mixkd_fast.scaled_gradient(grad_logits, grad_output, scale)
     return scaled
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that is running may be repeated; True if torch does not say."""
+    keep: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keep is None or keep()
 
 
 def _scaled_gradient_eager(grad_logits: Tensor, grad_output: Tensor, scale: float) -> Tensor:
@@ -61,6 +72,11 @@ def call_kernel(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, 
     with torch._C._AutoDispatchBelowAutograd():
         results: tuple[Tensor, Tensor, Tensor, Tensor] = OVERLOADS[name](*arguments)
     return results
+
+
+def _scale_gradient_eager(grad_logits: Tensor, grad_output: Tensor, scale: float) -> None:
+    """The same in place."""
+    grad_logits.copy_(_scaled_gradient_eager(grad_logits, grad_output, scale))
 
 
 class KDLossFunction(torch.autograd.Function):
@@ -128,6 +144,9 @@ LIBRARY.impl("kd_loss_triton", _triton, "CUDA")
 LIBRARY.impl("kd_loss_triton", _triton, "CPU")
 LIBRARY.define("scaled_gradient(Tensor grad_logits, Tensor grad_output, float scale) -> Tensor")
 LIBRARY.impl("scaled_gradient", _scaled_gradient_eager, "CompositeExplicitAutograd")
+LIBRARY.define("scale_gradient_(Tensor(a!) grad_logits, Tensor grad_output, float scale) -> ()")
+LIBRARY.impl("scale_gradient_", _scale_gradient_eager, "CompositeExplicitAutograd")
+torch.library.register_fake("mixkd_fast::scale_gradient_", lambda grad_logits, grad_output, scale: None, lib=LIBRARY)
 torch.library.register_fake(
     "mixkd_fast::scaled_gradient", lambda grad_logits, grad_output, scale: torch.empty_like(grad_logits), lib=LIBRARY
 )

@@ -285,7 +285,7 @@ def adaptive_shares_kernel(
 
         low = 0
         high = 0x3F800001
-        for bisection in range(30):
+        for _bisection in range(30):
             middle = low + (high - low) // 2
             masses = tl.zeros([TILE], tl.float32)
             for start in range(0, num_shared, TILE):

@@ -1,0 +1,8 @@
+// The cluster kernels of kd_loss for F32 logits: one file per dtype, so that they compile side by side.
+#include "kd_hopper_launch.cuh"
+
+namespace mixkd::cuda {
+
+template bool launch_cluster<Format::F32>(const Job& job, const DeviceLimits& limits, cudaStream_t stream);
+
+}  // namespace mixkd::cuda
