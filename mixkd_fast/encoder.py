@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixkd_fast.errors import ModelError
-from mixkd_fast.mix import first_rows, interpolate, mixed_attention_mask, positions_of
+from mixkd_fast.mix import first_rows, interpolate, mix_embeddings, mixed_attention_mask, positions_of
 from mixkd_fast.mixing import Mixing
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class Encoder(nn.Module):
     """A transformers sequence-classification model behind two calls, `clean` and `mixed`.
 
-    The wrapped model is `.model`; nothing of it is changed or patched. Embedding tables are used by calling their
-    modules, so that parameters partitioned by ZeRO-3 are gathered by its hooks.
+    The wrapped model is `.model`; nothing of it is changed or patched. Embedding tables that are plain and whole are
+    mixed by the fused op; others are used by calling their modules, so that parameters partitioned by ZeRO-3 are
+    gathered by its hooks.
     Raises: ModelError if the model's forward takes no `inputs_embeds`, or its word embeddings cannot be found.
     """
 
@@ -93,16 +94,53 @@ class Encoder(nn.Module):
     def _mixed_before_layer_norm(self, batch: Batch, mixing: Mixing, mask_ML: Tensor, kwargs: dict[str, Any]) -> Any:
         assert batch.partner is not None and batch.lam is not None
         inputs: dict[str, Tensor] = {"attention_mask": mask_ML}
-        words_RLE = self._words(batch.input_ids)
-        first, second = self._pair(words_RLE, batch)
-        padded = torch.zeros_like(first)
         types = self._token_types(batch)
         if types is not None:
             inputs["token_type_ids"] = self._own(types, batch)
         type_table = self._type_table(types) if mixing.padding == "zero" or types is not None else None
+        if type_table is not None and types is None:
+            types = torch.zeros_like(batch.input_ids)
+        if all(_is_plain_table(table) for table in (self._words, type_table) if table is not None):
+            inputs_embeds = self._mixed_by_the_op(batch, mixing, types, type_table)
+        else:
+            inputs_embeds = self._mixed_by_modules(batch, mixing, types, type_table)
+        if self._counts_positions:
+            # The model's own rule for ids, on the mixed rows: in the usual case their attention mask.
+            padding_idx = self._container.padding_idx
+            present = batch.input_ids.ne(padding_idx).to(torch.int64)
+            present_ML = mixed_attention_mask(present, batch.partner, batch.lam, batch.num_rows)
+            inputs["position_ids"] = positions_of(present_ML, padding_idx)
+        return self.model(inputs_embeds=inputs_embeds, **inputs, **kwargs)
+
+    def _mixed_by_the_op(
+        self, batch: Batch, mixing: Mixing, types: Tensor | None, type_table: nn.Module | None
+    ) -> Tensor:
+        """lam * W_i + (1 - lam) * W_j + (lam * Y_i + (1 - lam) * Y_j - Y_i), to which the model adds Y_i."""
+        assert batch.partner is not None and batch.lam is not None
+        weight = None if type_table is None else _table(type_table)
+        return mix_embeddings(
+            batch.input_ids,
+            _table(self._words),
+            batch.partner,
+            batch.lam,
+            padding_mask=batch.attention_mask == 0 if mixing.padding == "zero" else None,
+            # -Y_i in the place of positions, which the model adds itself.
+            position_weight=None if weight is None else -weight,
+            position_ids=None if weight is None or types is None else self._own(types, batch),
+            token_type_ids=types if weight is not None else None,
+            token_type_weight=weight,
+            num_rows=batch.num_rows,
+        )
+
+    def _mixed_by_modules(
+        self, batch: Batch, mixing: Mixing, types: Tensor | None, type_table: nn.Module | None
+    ) -> Tensor:
+        """The same by calls of the tables' modules: for partitioned ones, and for what is no plain table."""
+        assert batch.partner is not None and batch.lam is not None
+        first, second = self._pair(self._words(batch.input_ids), batch)
+        padded = torch.zeros_like(first)
         if type_table is not None:
-            types_RLE = type_table(torch.zeros_like(batch.input_ids) if types is None else types)
-            own_types, partner_types = self._pair(types_RLE, batch)
+            own_types, partner_types = self._pair(type_table(types), batch)
             # The model adds Y_i at full weight to lam * W_i + (1 - lam) * (W_j + Y_j - Y_i); the difference is kept
             # in fp32 until `interpolate` rounds. A padded position that is to contribute zero is thus -Y_i.
             second = second + (partner_types.float() - own_types.float())
@@ -110,13 +148,7 @@ class Encoder(nn.Module):
         if mixing.padding == "zero":
             own_keep, partner_keep = self._pair(batch.attention_mask.bool()[..., None], batch)
             first, second = torch.where(own_keep, first, padded), torch.where(partner_keep, second, padded)
-        if self._counts_positions:
-            # The model's own rule for ids, on the mixed rows: in the usual case their attention mask.
-            padding_idx = self._container.padding_idx
-            present = batch.input_ids.ne(padding_idx).to(torch.int64)
-            present_ML = mixed_attention_mask(present, batch.partner, batch.lam, batch.num_rows)
-            inputs["position_ids"] = positions_of(present_ML, padding_idx)
-        return self.model(inputs_embeds=interpolate(first, second, batch.lam), **inputs, **kwargs)
+        return interpolate(first, second, batch.lam)
 
     def _mixed_after_layer_norm(self, batch: Batch, mixing: Mixing, mask_ML: Tensor, kwargs: dict[str, Any]) -> Any:
         assert batch.partner is not None
@@ -217,3 +249,38 @@ class Encoder(nn.Module):
 def _same_memory(tensor: Tensor | None, other: Tensor) -> bool:
     # Not `is`: the hooks of ZeRO-3 hand views of its arguments to a module.
     return tensor is not None and tensor.shape == other.shape and tensor.data_ptr() == other.data_ptr()
+
+
+def _is_plain_table(module: nn.Module) -> bool:
+    """Whether a module does no more than read rows of a table that lies here whole.
+
+    Hooks may change what it gives; under ZeRO-3 they gather the table, which is otherwise one rank's part or empty.
+    """
+    if type(module) is not nn.Embedding or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    return plain and not hasattr(module.weight, "ds_id")
+
+
+def _table(module: nn.Module) -> Tensor:
+    """The table of a plain module, whose padding row receives no gradient."""
+    assert isinstance(module, nn.Embedding)
+    if module.padding_idx is None or not (module.weight.requires_grad and torch.is_grad_enabled()):
+        return module.weight
+    frozen: Tensor = _WithoutGradientOfRow.apply(module.weight, module.padding_idx)
+    return frozen
+
+
+class _WithoutGradientOfRow(torch.autograd.Function):
+    """A table as it is; in backward one of its rows gets gradient 0, as nn.Embedding does it for its padding row."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # In place: it was made for this one use of the table, and a copy would be as large as the table.
+        gradient[ctx.row] = 0
+        return gradient, None

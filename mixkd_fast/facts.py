@@ -4,7 +4,7 @@ import torch
 
 from mixkd_fast.ops import backends
 
-_OPS = ("kd_loss",)
+_OPS = ("kd_loss", "mix_embeddings")
 
 
 def used_backends(device: torch.device) -> dict[str, dict[str, str]]:

@@ -182,3 +182,26 @@ def test_after_layer_norm_works_when_another_hook_hands_on_views(family: str) ->
     handle = encoder._container.register_forward_pre_hook(views, with_kwargs=True)
     assert torch.equal(mixed_logits(encoder, batch, AFTER), expected)
     handle.remove()
+
+
+@every_family
+@pytest.mark.parametrize("padding", ["embedding", "zero"])
+def test_the_fused_op_and_the_tables_modules_give_the_same(family: str, padding: str) -> None:
+    """A module with a hook is no plain table, so its forward is called; the padding row has no gradient in either."""
+    encoder = tiny_encoder(family)
+    batch = tiny_batch(encoder.config)
+    mixing = Mixing(padding=padding)
+    results = []
+    for hooked in (False, True):
+        words = encoder.model.get_input_embeddings()
+        handle = words.register_forward_hook(lambda *_: None) if hooked else None
+        encoder.model.zero_grad()
+        logits = encoder.mixed(batch, mixing).logits
+        logits.square().sum().backward()
+        gradients = {n: p.grad.clone() for n, p in encoder.model.named_parameters() if "embeddings" in n}
+        results.append((logits.detach(), gradients))
+        if handle is not None:
+            handle.remove()
+        if words.padding_idx is not None:
+            assert (words.weight.grad[words.padding_idx] == 0).all()
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=2e-5)
