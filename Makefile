@@ -47,6 +47,8 @@ gpu-check: venv  ## on a machine with an NVIDIA GPU: build the CUDA ops, test ev
 	MIXKD_BUILD=cuda $(BIN)/python setup.py build_ext --inplace
 	mkdir -p runs/gpu
 	MIXKD_REQUIRE=cpu,cuda $(BIN)/python -m pytest -q $(OP_TESTS) tests/test_cuda_*.py tests/test_triton_*.py
+	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q \
+	    tests/test_cuda_*.py -k "not capture and not 2_to_the_31"; fi
 	$(BIN)/python -m benchmarks all --device cuda --json runs/gpu/ops.json
 
 venv:

@@ -40,6 +40,9 @@ def plan() -> tuple[list[Extension], dict[str, str]]:
         return [], left_out
     if importlib.util.find_spec("torch") is None:
         reason = "torch could not be imported while building; install with --no-build-isolation"
+        if DEMANDED:
+            raise SystemExit(f"MIXKD_BUILD is {MODE!r}, but {reason}")
+        print(f"mixkd_fast: no compiled ops: {reason}", flush=True)
         return [], dict.fromkeys(KINDS.values(), reason)
     extensions = [cpu_extension()]
     del left_out["cpu"]
@@ -52,6 +55,8 @@ def plan() -> tuple[list[Extension], dict[str, str]]:
         del left_out["host"]
     if MODE in ("auto", "cuda"):
         left_out["cuda"] = why_no_cuda()
+        if left_out["cuda"] and MODE == "cuda":
+            raise SystemExit(f"MIXKD_BUILD is 'cuda', but {left_out['cuda']}")
         if not left_out["cuda"]:
             extensions.append(cuda_extension())
             del left_out["cuda"]

@@ -4,13 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SETTINGS, gradient_of, make_logits, setting_id, true_divergence
+from cases import SETTINGS, gradient_of, load_vectors, make_logits, setting_id, true_divergence
 from torch import Tensor
 
 from mixkd_fast.losses import TopK, kd_loss
 from mixkd_fast.ops import backends
 
 pytest.importorskip("triton", reason="triton is not installed")
+# numpy's, where the interpreter computes with infinities.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Narrow rows, one row in several programs, a width that fills no tile, rows beyond one group.
 SHAPES = [(1, 1), (5, 2), (70, 3), (9, 17), (3, 257), (2, 513), (3, 5000), (2, 8192)]
@@ -76,6 +78,17 @@ def test_every_divergence_dtype_and_shape(setting: dict[str, Any], dtype: torch.
         hard = labels_and_weights(*shape)
         assert_alike(student, teacher, temperature=2.0, reduction="none", **setting)
         assert_alike(student, teacher, temperature=1.0, ce_weight=0.7, kd_weight=0.3, **hard, **setting)
+
+
+@pytest.mark.parametrize("case", load_vectors(), ids=lambda c: "-".join([c["divergence"], c["logits"]]))
+def test_high_precision_vectors(case: dict[str, Any]) -> None:
+    student, teacher = (torch.tensor([[float(x) for x in case[side]]]) for side in ("student", "teacher"))
+    options = {"temperature": case["temperature"], "divergence": case["divergence"], **case["options"]}
+    loss, _, _, gradient = results(student, teacher, "triton", 1.0, **options)
+    floor = 3e-7 * max(1.0, case["loss"]) * case["temperature"] ** 2
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-5, abs=floor)
+    expected = torch.tensor([case["gradient"]], dtype=torch.float64)
+    assert (gradient - expected).norm() <= 1e-5 * expected.norm() + floor
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=setting_id)

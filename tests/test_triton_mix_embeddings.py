@@ -23,6 +23,8 @@ from mixkd_fast.mix import mix_embeddings
 from mixkd_fast.ops import backends
 
 pytest.importorskip("triton", reason="triton is not installed")
+# numpy's, where the interpreter computes with infinities.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -37,6 +37,6 @@ def load(kind: Kind) -> str:
 def _why_not_built(kind: Kind) -> str:
     report = PACKAGE / BUILD_REPORT
     if not report.exists():
-        return "the package was installed without its extensions; MIXKD_BUILD=auto pip install --no-build-isolation"
+        return "the package was installed without its extensions: install with --no-build-isolation beside torch"
     reason: str = json.loads(report.read_text(encoding="utf-8")).get(kind) or "its library is missing; install again"
     return reason
