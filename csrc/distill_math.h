@@ -21,7 +21,7 @@ enum class Divergence : int {
   TVD,
   MSE,
   NONE,
-  // alpha_beta without its limits: |a| >= |b|, and the other way round. See arranged().
+  // alpha_beta for 0 < b <= a and for 0 < a < b. See arranged().
   ALPHA_BETA_FIRST,
   ALPHA_BETA_SECOND,
 };
@@ -54,8 +54,8 @@ MIXKD_INLINE Divergence effective_divergence(Divergence divergence, const Diverg
 template <typename T>
 MIXKD_INLINE Divergence arranged(Divergence divergence, const DivergenceOptions<T>& options) {
   const T a = options.ab_alpha, b = options.ab_beta;
-  if (divergence != Divergence::ALPHA_BETA || a == T(0) || b == T(0) || a + b == T(0)) return divergence;
-  return (a < T(0) ? -a : a) < (b < T(0) ? -b : b) ? Divergence::ALPHA_BETA_SECOND : Divergence::ALPHA_BETA_FIRST;
+  if (divergence != Divergence::ALPHA_BETA || !(a > T(0) && b > T(0))) return divergence;
+  return a < b ? Divergence::ALPHA_BETA_SECOND : Divergence::ALPHA_BETA_FIRST;
 }
 
 // a (log a - log b), 0 where a = 0.
@@ -84,17 +84,17 @@ MIXKD_INLINE T mixture_term(T a, T log_a, T log_m) {
   return a < SMALLEST<T> * T(100) ? T(0) : term;
 }
 
-// e^log_moved - power where power = e^log_power and log_moved = log_power + step.
+// moved - power where moved = power e^step.
 template <typename T>
-MIXKD_INLINE T rise(T power, T log_moved, T step) {
+MIXKD_INLINE T rise(T power, T moved, T step) {
   const bool near = step < T(1) && step > T(-1);
   const T close = power * expm1_near_zero(near ? step : T(0));
-  const T far = exp_of(log_moved) - power;
+  const T far = moved - power;
   return near ? close : far;
 }
 
 // With s = a + b, for |a| >= |b| the value is 1/a [(q^s - p^s)/s - (p^a q^b - p^s)/b], two rises from p^s; else the
-// same with both sides exchanged. v = (q^s - p^a q^b) / a comes from the same rises. Here a, b and s are not 0, and
+// same with both sides exchanged. v = (q^s - p^a q^b) / a comes from the same rises. Here a and b are above 0, and
 // which case it is is a constant: a choice at run time would keep a loop over classes from being vectorised.
 template <bool exchange, typename T>
 MIXKD_INLINE ClassTerms<T> alpha_beta_inside(T log_p, T log_q, const DivergenceOptions<T>& options) {
@@ -103,9 +103,9 @@ MIXKD_INLINE ClassTerms<T> alpha_beta_inside(T log_p, T log_q, const DivergenceO
           log_second = masked ? T(0) : (exchange ? log_p : log_q);
   const T large = exchange ? options.ab_beta : options.ab_alpha, small = exchange ? options.ab_alpha : options.ab_beta;
   const T s = options.ab_alpha + options.ab_beta, gap = log_second - log_first;
-  const T power = exp_of(s * log_first);
-  const T second = rise(power, s * log_second, s * gap);
-  const T product = rise(power, large * log_first + small * log_second, small * gap);
+  const T power = exp_of_nonpositive(s * log_first);
+  const T second = rise(power, exp_of_nonpositive(s * log_second), s * gap);
+  const T product = rise(power, exp_of_nonpositive(large * log_first + small * log_second), small * gap);
   const T value = (second * (T(1) / s) - product * (T(1) / small)) * (T(1) / large);
   return {value, exchange ? -product * (T(1) / small) : (second - product) * (T(1) / large)};
 }
@@ -114,7 +114,7 @@ MIXKD_INLINE ClassTerms<T> alpha_beta_inside(T log_p, T log_q, const DivergenceO
 template <typename T>
 MIXKD_INLINE T slope(T power, T log_moved, T x, T gap) {
   if (x == T(0)) return power == T(0) ? T(0) : power * gap;
-  return rise(power, log_moved, x * gap) / x;
+  return rise(power, exp_of(log_moved), x * gap) / x;
 }
 
 // x y, 0 for x = 0 even where y is infinite.

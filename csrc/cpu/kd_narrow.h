@@ -167,7 +167,7 @@ void narrow_group(const KdJob& job, const JobConstants<T>& constants, int64_t ro
     const T ce = constants.has_ce ? hard_label_loss(setting.scale, plain_log[lane], logit) : T(0);
     finish_row(job, constants, r, value[lane], ce, setting.weight);
     if (gradient == nullptr) continue;
-    const bool direct = job.student_dtype == (std::is_same_v<T, float> ? Dtype::F32 : Dtype::F64);
+    const bool direct = stored_as<T>(job.student_dtype);
     T* out = direct ? static_cast<T*>(gradient) : buffers.out;
     for (int64_t c = 0; c < classes; ++c) out[c] = b.teacher[c][lane];
     subtract_labels(out, 0, static_cast<int>(classes), setting.scale);

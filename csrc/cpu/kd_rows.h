@@ -65,6 +65,12 @@ void store_block(void* row, Dtype dtype, int64_t start, int n, const T* values) 
 
 inline size_t bytes_of(Dtype dtype) { return dtype == Dtype::F64 ? 8 : dtype == Dtype::F32 ? 4 : 2; }
 
+// Whether values of T are stored as they are.
+template <typename T>
+bool stored_as(Dtype dtype) {
+  return dtype == (std::is_same_v<T, float> ? Dtype::F32 : Dtype::F64);
+}
+
 template <typename T>
 T largest(const T* values, int n) {
   T result = -INFINITE<T>;
@@ -117,23 +123,48 @@ template <typename T>
 struct Buffers {
   alignas(64) T student[BLOCK], teacher[BLOCK], out[BLOCK];
   alignas(64) T p[BLOCK], q[BLOCK], plain[BLOCK];  // rows of one block keep their exponentials
-  std::vector<T> wide_first, wide_second;          // [C], for the divergences that need whole rows
+  std::vector<T> wide_first, wide_second;          // [C], where whole rows are kept
+  std::vector<T> student_scales, teacher_scales;   // one per block
+  std::vector<T> all_p, all_q;                     // [C], for adaptive_kl
 };
+
+// The exponentials of a row, kept by the first reading: two stores and loads that stay in a cache cost less than taking
+// them again. Each block is relative to the maximum up to it; scales, one per block, make probabilities of them.
+template <typename T>
+struct Kept {
+  T* student;  // [S]
+  T* teacher;  // [S]; after the middle reading v takes their place
+  std::vector<T>& student_scales;
+  std::vector<T>& teacher_scales;
+};
+
+// Turns the maximum that was known at each block (-inf: nothing yet) into the block's scale.
+template <typename T>
+void finish_scales(const Softmax<T>& softmax, std::vector<T>& scales) {
+  const T share = static_cast<T>(1 / softmax.sum);
+  for (T& scale : scales) {
+    scale = scale == -INFINITE<T> ? T(0) : exp_of((scale - softmax.max) * softmax.inverse_temperature) * share;
+  }
+}
 
 // First reading. KL(p || q) needs no middle reading: its sum of v is -1 and its value is gathered here as
 // sum p ((t - t_0) - (s - s_0)) / tau, t_0 and s_0 the first block's maxima: large common offsets must cancel.
 template <typename T>
 void read_statistics(const KdJob& job, const Row<T>& student, const Row<T>& teacher, bool forward_kl, bool gather_plain,
-                     RowState<T>& state) {
+                     RowState<T>& state, const Kept<T>& kept) {
   T student_start = 0, teacher_start = 0;
   double difference = 0;
   const T inverse = state.student.inverse_temperature;
+  kept.student_scales.clear();
+  kept.teacher_scales.clear();
   for (int64_t start = 0; start < job.num_shared; start += BLOCK) {
     const int n = static_cast<int>(std::min<int64_t>(BLOCK, job.num_shared - start));
     const T* s = student.block(start, n);
     const T* t = teacher.block(start, n);
     state.student.raise(largest(s, n));
     const T factor = state.teacher.raise(largest(t, n));
+    kept.student_scales.push_back(state.student.max);
+    kept.teacher_scales.push_back(state.teacher.max);
     // What underflows is gone, even if it was infinite.
     difference = factor == T(0) ? 0 : difference * factor;
     if (start == 0) {
@@ -141,21 +172,28 @@ void read_statistics(const KdJob& job, const Row<T>& student, const Row<T>& teac
       teacher_start = state.teacher.shift();
     }
     const T s_max = state.student.shift(), t_max = state.teacher.shift();
+    T* __restrict s_kept = kept.student + start;
+    T* __restrict t_kept = kept.teacher + start;
     T s_sum = 0, t_sum = 0, block_difference = 0;
     if (forward_kl) {
 #pragma omp simd reduction(+ : s_sum, t_sum, block_difference)
       for (int i = 0; i < n; ++i) {
-        const T e = exp_of_nonpositive((t[i] - t_max) * inverse);
-        s_sum += exp_of_nonpositive((s[i] - s_max) * inverse);
-        t_sum += e;
-        const T product = e * ((t[i] - teacher_start) - (s[i] - student_start));
-        block_difference += e == T(0) ? T(0) : product;
+        const T e = exp_of_nonpositive((s[i] - s_max) * inverse), f = exp_of_nonpositive((t[i] - t_max) * inverse);
+        s_kept[i] = e;
+        t_kept[i] = f;
+        s_sum += e;
+        t_sum += f;
+        const T product = f * ((t[i] - teacher_start) - (s[i] - student_start));
+        block_difference += f == T(0) ? T(0) : product;
       }
     } else {
 #pragma omp simd reduction(+ : s_sum, t_sum)
       for (int i = 0; i < n; ++i) {
-        s_sum += exp_of_nonpositive((s[i] - s_max) * inverse);
-        t_sum += exp_of_nonpositive((t[i] - t_max) * inverse);
+        const T e = exp_of_nonpositive((s[i] - s_max) * inverse), f = exp_of_nonpositive((t[i] - t_max) * inverse);
+        s_kept[i] = e;
+        t_kept[i] = f;
+        s_sum += e;
+        t_sum += f;
       }
     }
     state.student.sum += s_sum;
@@ -163,6 +201,8 @@ void read_statistics(const KdJob& job, const Row<T>& student, const Row<T>& teac
     difference += block_difference;
     if (gather_plain) state.plain.add(s, n);
   }
+  finish_scales(state.student, kept.student_scales);
+  finish_scales(state.teacher, kept.teacher_scales);
   if (forward_kl) {
     const Softmax<T>& p = state.teacher;
     const Softmax<T>& q = state.student;
@@ -172,69 +212,43 @@ void read_statistics(const KdJob& job, const Row<T>& student, const Row<T>& teac
   }
 }
 
-// Probabilities of one class and their logarithms.
+// Logarithms of probabilities from logits, once the statistics of the row are there.
 template <typename T>
-struct ClassProbabilities {
-  T p, q, log_p, log_q;
-};
+struct LogNormalizer {
+  T inverse, s_max, t_max, s_log, t_log;
 
-// From logits to probabilities, once the statistics of the row are there.
-template <typename T>
-struct Normalizer {
-  T inverse, s_max, t_max, s_log, t_log, s_share, t_share;
-
-  explicit Normalizer(const RowState<T>& state)
+  explicit LogNormalizer(const RowState<T>& state)
       : inverse(state.student.inverse_temperature),
         s_max(state.student.shift()),
         t_max(state.teacher.shift()),
         s_log(static_cast<T>(std::log(state.student.sum))),
-        t_log(static_cast<T>(std::log(state.teacher.sum))),
-        s_share(static_cast<T>(1 / state.student.sum)),
-        t_share(static_cast<T>(1 / state.teacher.sum)) {}
+        t_log(static_cast<T>(std::log(state.teacher.sum))) {}
 
-  MIXKD_INLINE T student_probability(T s) const { return exp_of_nonpositive((s - s_max) * inverse) * s_share; }
-
-  MIXKD_INLINE ClassProbabilities<T> of(T s, T t) const {
-    const T s_shifted = (s - s_max) * inverse, t_shifted = (t - t_max) * inverse;
-    return {exp_of_nonpositive(t_shifted) * t_share, exp_of_nonpositive(s_shifted) * s_share, t_shifted - t_log,
-            s_shifted - s_log};
-  }
+  MIXKD_INLINE T log_q(T s) const { return (s - s_max) * inverse - s_log; }
+  MIXKD_INLINE T log_p(T t) const { return (t - t_max) * inverse - t_log; }
 };
 
-// Whether the gradient needs the v of every class, which the middle reading then leaves in a row of its own: an
-// exponential and a load cost less than the formula again.
-constexpr bool keeps_v(Divergence divergence) {
-  return divergence != Divergence::FORWARD_KL && divergence != Divergence::REVERSE_KL;
-}
-
-// Middle reading: the sums of D's values and of v; v itself into v_row [C] if that is not null.
+// Middle reading: the sums of D's values and of v; v itself takes the place of the teacher's exponentials.
 template <Divergence divergence, typename T>
-void sum_terms(const KdJob& job, const Row<T>& student, const Row<T>& teacher, RowState<T>& state, T* v_row) {
+void sum_terms(const KdJob& job, const Row<T>& student, const Row<T>& teacher, RowState<T>& state,
+               const Kept<T>& kept) {
   const DivergenceOptions<T> options = state.options;
-  const Normalizer<T> normalizer(state);
+  const LogNormalizer<T> normalizer(state);
   for (int64_t start = 0; start < job.num_shared; start += BLOCK) {
     const int n = static_cast<int>(std::min<int64_t>(BLOCK, job.num_shared - start));
     const T* s = student.block(start, n);
     const T* t = teacher.block(start, n);
+    const T q_scale = kept.student_scales[start / BLOCK], p_scale = kept.teacher_scales[start / BLOCK];
+    const T* __restrict e = kept.student + start;
+    T* __restrict f = kept.teacher + start;
     T value = 0, v = 0;
-    if (keeps_v(divergence) && v_row != nullptr) {
-      T* __restrict kept = v_row + start;
 #pragma omp simd reduction(+ : value, v)
-      for (int i = 0; i < n; ++i) {
-        const ClassProbabilities<T> c = normalizer.of(s[i], t[i]);
-        const ClassTerms<T> terms = class_terms<divergence>(c.p, c.q, c.log_p, c.log_q, options);
-        value += terms.value;
-        v += terms.v;
-        kept[i] = terms.v;
-      }
-    } else {
-#pragma omp simd reduction(+ : value, v)
-      for (int i = 0; i < n; ++i) {
-        const ClassProbabilities<T> c = normalizer.of(s[i], t[i]);
-        const ClassTerms<T> terms = class_terms<divergence>(c.p, c.q, c.log_p, c.log_q, options);
-        value += terms.value;
-        v += terms.v;
-      }
+    for (int i = 0; i < n; ++i) {
+      const ClassTerms<T> terms = class_terms<divergence>(f[i] * p_scale, e[i] * q_scale, normalizer.log_p(t[i]),
+                                                          normalizer.log_q(s[i]), options);
+      value += terms.value;
+      v += terms.v;
+      f[i] = terms.v;
     }
     state.value += value;
     state.v += v;
@@ -260,44 +274,44 @@ void subtract_labels(T* out, int64_t start, int n, const GradientScale<T>& scale
 // Last reading of the shared classes.
 template <Divergence divergence, typename T>
 void write_gradient(const KdJob& job, const Row<T>& student, const Row<T>& teacher, const RowState<T>& state,
-                    const GradientScale<T>& scale, bool share_plain, const T* v_row, void* gradient, T* out) {
+                    const GradientScale<T>& scale, bool share_plain, const Kept<T>& kept, void* gradient, T* out) {
   const T plain_max = state.plain.shift();
   const T plain_scale = scale.ce == T(0) ? T(0) : static_cast<T>(scale.ce / state.plain.sum);
-  // In the row itself where the gradient is stored as T; else converted afterwards.
-  const bool direct = job.student_dtype == (std::is_same_v<T, float> ? Dtype::F32 : Dtype::F64);
-  const Normalizer<T> normalizer(state);
+  // In the row itself where the gradient is stored as T, perhaps over the exponentials; else converted afterwards.
+  const bool direct = stored_as<T>(job.student_dtype);
   const bool has_ce = scale.ce != T(0), separate = has_ce && !share_plain;
   const T sum_v = static_cast<T>(state.v);
   const T shared_ce = has_ce && share_plain ? scale.ce : T(0);
   for (int64_t start = 0; start < job.num_shared; start += BLOCK) {
     const int n = static_cast<int>(std::min<int64_t>(BLOCK, job.num_shared - start));
-    const T* s = student.block(start, n);
     T* block = direct ? static_cast<T*>(gradient) + start : out;
+    const T q_scale = kept.student_scales[start / BLOCK];
+    const T* e = kept.student + start;
+    const T* __restrict f = kept.teacher + start;
     if constexpr (divergence == Divergence::FORWARD_KL) {
-      const T* t = teacher.block(start, n);
+      const T of_student = (scale.kd + shared_ce) * q_scale, of_teacher = scale.kd * kept.teacher_scales[start / BLOCK];
 #pragma omp simd
-      for (int i = 0; i < n; ++i) {
-        const ClassProbabilities<T> c = normalizer.of(s[i], t[i]);
-        block[i] = scale.kd * (c.q - c.p) + shared_ce * c.q;
-      }
+      for (int i = 0; i < n; ++i) block[i] = e[i] * of_student - f[i] * of_teacher;
     } else if constexpr (divergence == Divergence::REVERSE_KL) {
+      const LogNormalizer<T> normalizer(state);
+      const T* s = student.block(start, n);
       const T* t = teacher.block(start, n);
 #pragma omp simd
       for (int i = 0; i < n; ++i) {
-        const ClassProbabilities<T> c = normalizer.of(s[i], t[i]);
+        const T q = e[i] * q_scale;
         // q (x - sum q x): in this order far-apart rows do not cancel.
-        const T product = c.q * (scale.kd * ((c.log_q - c.log_p) - sum_v) + shared_ce);
-        block[i] = c.q == T(0) ? T(0) : product;
+        const T product = q * (scale.kd * ((normalizer.log_q(s[i]) - normalizer.log_p(t[i])) - sum_v) + shared_ce);
+        block[i] = q == T(0) ? T(0) : product;
       }
     } else {
-      const T* v = v_row + start;
 #pragma omp simd
       for (int i = 0; i < n; ++i) {
-        const T q = normalizer.student_probability(s[i]);
-        block[i] = scale.kd * (v[i] - q * sum_v) + shared_ce * q;
+        const T q = e[i] * q_scale;
+        block[i] = scale.kd * (f[i] - q * sum_v) + shared_ce * q;
       }
     }
     if (separate) {
+      const T* s = student.block(start, n);
 #pragma omp simd
       for (int i = 0; i < n; ++i) block[i] += exp_of_nonpositive(s[i] - plain_max) * plain_scale;
     }

@@ -89,26 +89,15 @@ bool write_special_row(const KdJob& job, int64_t r, const RowSetting<T>& setting
   return true;
 }
 
-template <Divergence divergence, typename T>
-void find_adaptive_weights(const KdJob& job, const Row<T>& student, const Row<T>& teacher, RowState<T>& state,
-                           Buffers<T>& buffers) {
-  buffers.wide_first.resize(job.num_shared);
-  buffers.wide_second.resize(job.num_shared);
-  const Normalizer<T> normalizer(state);
-  for (int64_t start = 0; start < job.num_shared; start += BLOCK) {
-    const int n = static_cast<int>(std::min<int64_t>(BLOCK, job.num_shared - start));
-    const T* s = student.block(start, n);
-    const T* t = teacher.block(start, n);
-    T* p = buffers.wide_first.data() + start;
-    T* q = buffers.wide_second.data() + start;
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-      const ClassProbabilities<T> c = normalizer.of(s[i], t[i]);
-      p[i] = c.p;
-      q[i] = c.q;
-    }
+template <typename T>
+void find_adaptive_weights(const KdJob& job, const Kept<T>& kept, RowState<T>& state, Buffers<T>& buffers) {
+  buffers.all_p.resize(job.num_shared);
+  buffers.all_q.resize(job.num_shared);
+  for (int64_t c = 0; c < job.num_shared; ++c) {
+    buffers.all_p[c] = kept.teacher[c] * kept.teacher_scales[c / BLOCK];
+    buffers.all_q[c] = kept.student[c] * kept.student_scales[c / BLOCK];
   }
-  adaptive_weights(buffers.wide_first.data(), buffers.wide_second.data(), job.num_shared, state.options);
+  adaptive_weights(buffers.all_p.data(), buffers.all_q.data(), job.num_shared, state.options);
 }
 
 template <Divergence divergence, typename T>
@@ -128,24 +117,24 @@ void wide_row(const KdJob& job, const JobConstants<T>& constants, int64_t r, Buf
   const bool same_width = job.num_shared == job.num_classes;
   const bool share_plain = has_ce && has_kd && !is_mse && same_width && job.temperature == 1.0;
   const bool along = has_ce && has_kd && !is_mse && same_width && !share_plain;
-  T* v_row = nullptr;
+  Kept<T> kept{nullptr, nullptr, buffers.student_scales, buffers.teacher_scales};
   if constexpr (has_kd && !is_mse) {
-    read_statistics(job, student, teacher, divergence == Divergence::FORWARD_KL, along, state);
+    // The gradient's own row holds the student's exponentials where it can: one row less in the caches.
+    const bool in_gradient = gradient != nullptr && stored_as<T>(job.student_dtype);
+    buffers.wide_first.resize(in_gradient ? 0 : job.num_shared);
+    buffers.wide_second.resize(job.num_shared);
+    kept.student = in_gradient ? static_cast<T*>(gradient) : buffers.wide_first.data();
+    kept.teacher = buffers.wide_second.data();
+    read_statistics(job, student, teacher, divergence == Divergence::FORWARD_KL, along, state, kept);
     if constexpr (divergence == Divergence::ADAPTIVE_KL) {
       // A NaN has no order.
       if (state.student.sum == state.student.sum && state.teacher.sum == state.teacher.sum) {
-        find_adaptive_weights<divergence>(job, student, teacher, state, buffers);
+        find_adaptive_weights(job, kept, state, buffers);
       } else {
         state.options.forward_weight = state.options.reverse_weight = std::numeric_limits<T>::quiet_NaN();
       }
     }
-    if constexpr (divergence != Divergence::FORWARD_KL) {
-      if (keeps_v(divergence) && gradient != nullptr) {
-        buffers.wide_first.resize(job.num_shared);
-        v_row = buffers.wide_first.data();
-      }
-      sum_terms<divergence>(job, student, teacher, state, v_row);
-    }
+    if constexpr (divergence != Divergence::FORWARD_KL) sum_terms<divergence>(job, student, teacher, state, kept);
   }
   if (share_plain) {
     state.plain = state.student;
@@ -166,7 +155,7 @@ void wide_row(const KdJob& job, const JobConstants<T>& constants, int64_t r, Buf
     write_squared_gradient(job, student, teacher, state, setting.scale, count, gradient, buffers.out);
     rest = job.num_shared;
   } else if constexpr (has_kd) {
-    write_gradient<divergence>(job, student, teacher, state, setting.scale, share_plain, v_row, gradient, buffers.out);
+    write_gradient<divergence>(job, student, teacher, state, setting.scale, share_plain, kept, gradient, buffers.out);
     rest = job.num_shared;
   }
   write_plain_gradient(job, student, state, setting.scale, rest, job.num_classes, gradient, buffers.out);
