@@ -26,6 +26,9 @@ HOT = [
     rf"row_kernel<({_SPREAD}), (BF16|F16)> sm_\d+",
     rf"narrow_kernel<({_SPREAD}), \d+, \d+> sm_\d+",
     r"scale_kernel<\w+> sm_\d+",
+    r"mix_forward_kernel<[\w:]+, \d+> sm_\d+",
+    r"mix_norm_backward_kernel<[\w:]+, \d+> sm_\d+",
+    r"sum_runs_kernel<[\w:]+, [\w:]+, \d+> sm_\d+",
 ]
 # What libtorch_cuda holds, which a CPU build of torch has not.
 FROM_TORCH_CUDA = re.compile(r"aoti_torch_\w*cuda\w*")

@@ -138,4 +138,6 @@ def _normalizer(normalizer: Tensor | float | None, dtype: torch.dtype, device: t
 
 def _power_of_two(num_rows: int) -> float:
     """A scale for a mean's fp16 gradient: 1 / rows of a probability is below the smallest half-precision number."""
+    if not isinstance(num_rows, int):
+        return 1024.0  # a size that torch.compile keeps open
     return float(2 ** max(0, (num_rows - 1).bit_length()))

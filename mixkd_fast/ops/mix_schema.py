@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixkd_fast.ops import MixInputs
+from mixkd_fast.ops import MixInputs, mix_backward
 from mixkd_fast.ops.schema import LIBRARY
 
 ARGUMENTS = (
@@ -86,6 +86,18 @@ def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return results
 
 
+def _cuda_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The backward around the CUDA kernels; the CPU library registers its own, in one piece."""
+    *given, mean, rstd, needs, _ = arguments
+
+    def norm_backward(grad_output: Tensor, inputs: MixInputs, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        parts: tuple[Tensor, Tensor] = torch.ops.mixkd_fast.mix_norm_backward(grad_output, *inputs, mean, rstd)
+        return parts
+
+    sum_rows = torch.ops.mixkd_fast.sum_rows_
+    return mix_backward.gradients(grad_output, MixInputs(*given), mean, rstd, needs, norm_backward, sum_rows)
+
+
 def fused(inputs: MixInputs) -> Tensor:
     """The mixed embeddings [O, L, H] by the C++ kernels of the tables' device."""
     output: Tensor = torch.ops.mixkd_fast.mix_embeddings(*inputs)[0]
@@ -114,6 +126,11 @@ def _register(name: str) -> None:
 
 for _name in OPS:
     _register(_name)
+LIBRARY.define(
+    f"mix_norm_backward(Tensor grad_output, {ARGUMENTS}, Tensor mean, Tensor rstd) -> (Tensor grad_x, Tensor norm_sums)"
+)
+LIBRARY.define("sum_rows_(Tensor source, Tensor rows, Tensor tokens, Tensor shares, Tensor(a!) table) -> ()")
+LIBRARY.impl("mix_embeddings_backward", _cuda_backward, "CUDA")
 for _device in ("CPU", "CUDA"):
     # On the CPU Triton's interpreter runs them, for tests.
     LIBRARY.impl("mix_embeddings_triton", _triton, _device)
