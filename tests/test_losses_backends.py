@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SETTINGS, gradient_of, mixed_batch, setting_id
+from cases import SETTINGS, gradient_of, make_logits, mixed_batch, setting_id
 from torch import Tensor
 
 from mixkd_fast.losses import kd_loss
@@ -86,6 +86,25 @@ def test_no_graph_break_under_torch_compile(setting: dict[str, Any]) -> None:
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(student)
     torch.testing.assert_close(compiled, loss(student))
     torch.testing.assert_close(gradient_of(compiled, student), gradient_of(loss(student), student))
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sizes_and_numbers_that_torch_compile_keeps_open(dtype: torch.dtype) -> None:
+    torch.compiler.reset()
+
+    def loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        return kd_loss(student, teacher, temperature=temperature)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, temperature in ((5, 1.0), (9, 2.0), (33, 3.5)):
+        student, teacher = make_logits((rows, 7), 1.0, rows, dtype)
+        expected = loss(student, teacher, temperature)
+        actual = compiled(student, teacher, temperature)
+        torch.testing.assert_close(actual, expected)
+        # Once each: a compiled backward gives its buffers away.
+        gradients = [torch.autograd.grad(value, student)[0] for value in (actual, expected)]
+        torch.testing.assert_close(*gradients, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.usefixtures("each_backend")

@@ -37,7 +37,8 @@ def check_options(options: RowOptions, reduction: str) -> None:
     if not 0 <= options.alpha < 1:
         refuse("alpha", options.alpha, "a number from 0 to below 1")
     for field, value in options._asdict().items():
-        if field in ("ab_alpha", "ab_beta", "kd_weight", "ce_weight") and not math.isfinite(value):
+        # Compared and not math.isfinite: torch.compile traces numbers that it keeps open.
+        if field in ("ab_alpha", "ab_beta", "kd_weight", "ce_weight") and not -math.inf < value < math.inf:
             refuse(field, value, "a finite number")
     if options.detach_mixture and options.divergence != "skew_reverse_kl":
         refuse("detach_mixture", True, f"False for {options.divergence}; it is an option of skew_reverse_kl")
