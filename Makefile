@@ -29,7 +29,7 @@ quality: venv  ## fine-tuning, KD and MixKD on MNLI, SST-2 and RTE: DATA=folder 
 
 lint: venv  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -type f)
 
 build: venv  ## compile the extensions again after a change in csrc/
 	$(BIN)/python setup.py build_ext --inplace
