@@ -154,6 +154,20 @@ def test_top_k(setting: dict[str, Any], tail_mass: bool) -> None:
         assert_alike(student, top, temperature=2.0, ce_weight=0.5, **hard, **setting)
 
 
+def test_top_k_of_many_classes_and_ties() -> None:
+    """Ties enter the head of adaptive_kl in the order of the lanes, the last bucket after them."""
+    student, teacher = make_logits((3, 2500), 1.0, 7, torch.float32)
+    teacher = (teacher * 2).round() / 2
+    for k in (5, 300, 2047):
+        top = TopK.from_logits(teacher, k, tail_mass=True)
+        for divergence in ("forward_kl", "adaptive_kl"):
+            assert_alike(student, top, divergence=divergence)
+    with pytest.raises(
+        ValueError, match=r"teacher has 2048 classes per row; allowed: up to 2047 with backend 'triton'"
+    ):
+        results(student, TopK.from_logits(teacher, 2048), "triton")
+
+
 @pytest.mark.parametrize("classes", [5, 700])
 def test_a_label_out_of_range_makes_its_row_nan(classes: int) -> None:
     student, teacher = make_logits((4, classes), 1.0, 8, torch.float32)

@@ -26,6 +26,8 @@ TILE = 4096
 PIPELINE_BYTES = 16 * 2**20
 """Logits between two readings of the same row: a part of the L2 cache of any GPU since A100 (40 MB)."""
 LARGEST_GRID = 2**31 - 1
+LARGEST_TOP = 2047
+"""Kept classes of a TopK teacher: they lie in registers, and each tile of the row is compared with all of them."""
 
 
 class Constants(NamedTuple):
@@ -317,6 +319,8 @@ def _top_k(rows: RowTensors, teacher: TopK, options: RowOptions, gradient: Tenso
     has_tail = teacher.tail_mass and num_top < num_classes
     constants = rows._replace(teacher_logits=student).constants(options)
     own_softmax = constants.cross_entropy != codes.NO_CROSS_ENTROPY
+    if num_top > LARGEST_TOP:
+        raise ValueError(f"teacher has {num_top} classes per row; allowed: up to {LARGEST_TOP} with backend 'triton'")
     lanes = triton.next_power_of_2(num_top + 1)
     kd, ce = (student.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     if num_rows == 0:
@@ -346,9 +350,10 @@ def _top_k(rows: RowTensors, teacher: TopK, options: RowOptions, gradient: Tenso
             CROSS_ENTROPY=int(codes.OWN_SOFTMAX if own_softmax else codes.NO_CROSS_ENTROPY),
             HAS_TAIL=has_tail,
             NEED_GRAD=gradient is not None,
-            # A tile is compared with every lane: 16,384 comparisons in registers.
+            # A tile is compared with every lane: 16,384 comparisons in registers, 65,536 at most.
             TILE=max(32, min(2048, 16384 // lanes)),
             LANES=lanes,
+            num_warps=4 if lanes <= 512 else 8,
         )
     return kd, ce
 

@@ -7,6 +7,7 @@ hold is summed without the kept classes: 1 minus a sum would cancel. A tile's ke
 import triton
 import triton.language as tl
 
+from mixkd_fast.ops.triton_kd_narrow import adaptive_shares
 from mixkd_fast.ops.triton_kd_wide import load_tile
 from mixkd_fast.ops.triton_math import (
     ADAPTIVE_KL,
@@ -33,19 +34,6 @@ def log_softmax(x):
     high = tl.max(x, axis=0)
     total = tl.sum(exponentials(x, high, 1.0), axis=0)
     return (x - high) - tl.log(total)
-
-
-@triton.jit
-def shares_of_buckets(p, q, lanes):
-    """Weights of KL(p || q) and KL(q || p) in adaptive_kl: see `mixkd_fast.ops.reference.adaptive_kl`."""
-    before = (p[None, :] > p[:, None]) | ((p[None, :] == p[:, None]) & (lanes[None, :] < lanes[:, None]))
-    mass_before = tl.sum(tl.where(before, p[None, :], 0.0), axis=1)
-    distance = tl.abs(p - q)
-    head = tl.sum(tl.where(mass_before <= 0.5, distance, 0.0), axis=0)
-    tail = tl.sum(tl.where(mass_before <= 0.5, 0.0, distance), axis=0)
-    whole = head + tail
-    whole = tl.where(whole == 0.0, 1.0, whole)
-    return head / whole, tail / whole
 
 
 @triton.jit
@@ -114,7 +102,10 @@ def kd_loss_top_k_kernel(
         forward_share = 0.0
         reverse_share = 0.0
         if DIVERGENCE == ADAPTIVE_KL:
-            forward_share, reverse_share = shares_of_buckets(p, q, lanes)
+            one = tl.full([1, 1], 1.0, tl.float32)
+            forward_tile, reverse_tile = adaptive_shares(p[None, :], one, p[None, :], q[None, :])
+            forward_share = tl.sum(tl.sum(forward_tile, axis=1), axis=0)
+            reverse_share = tl.sum(tl.sum(reverse_tile, axis=1), axis=0)
         value, v = class_terms(
             p, q, log_p, log_q, beta, log_weight_p, log_weight_q, ab_alpha, ab_beta, forward_share, reverse_share,
             DIVERGENCE, DETACH_MIXTURE, AB_LIMITS,

@@ -117,7 +117,7 @@ def kd_loss_wide_kernel(
     """One program of the pipeline. progress: int32 zeros [1 + 2 num_rows]; kd_parts [num_rows, num_splits]."""
     HAS_SUMS: tl.constexpr = (DIVERGENCE != NO_DIVERGENCE) and (DIVERGENCE != MSE)
     HAS_MIDDLE: tl.constexpr = HAS_SUMS and (DIVERGENCE != FORWARD_KL)
-    num_items = num_rows.to(tl.int64) * num_splits
+    num_items = tl.cast(num_rows, tl.int64) * num_splits  # an argument of 1 is a plain number here
     ticket = tl.atomic_add(progress, 1, sem="relaxed").to(tl.int64)
 
     if ticket < num_items:

@@ -116,7 +116,41 @@ def main() -> None:
         compile_kernel(mix.sum_runs_kernel, 4, capability, ENTRIES=64, BLOCK=1024)
         compile_kernel(mix.join_runs_kernel, 4, capability, ENTRIES=64, BLOCK=1024)
         done += 7
-    print(f"compiled {done} kernels")
+    print(f"compiled {done + compile_variants()} kernels")
+
+
+def compile_variants() -> int:
+    """What a launch may leave out, and arguments of 1, which a launch turns into constants. Returns their number."""
+    options = {"DETACH_MIXTURE": True, "AB_LIMITS": 0, "row_weights": None, "partner_labels": None, "lam": None}
+    wide_sizes = {"TILE": 4096, "SPLITS": 1, "adaptive_shares": None}
+    top_sizes = {"HAS_TAIL": True, "TILE": 32, "LANES": 2048}
+    variants: list[tuple[Any, int, dict[str, Any]]] = [
+        (mix.sum_runs_kernel, 4, {"ENTRIES": 64, "BLOCK": 16}),
+        (mix.join_runs_kernel, 4, {"ENTRIES": 64, "BLOCK": 16}),
+        (mix.norm_backward_kernel, 16, {"norm_weight": None, "position_weight": None, "BLOCK": 16384}),
+        (mix.forward_kernel, 1, {"USE_NORM": True, "norm_weight": None, "norm_bias": None, "BLOCK": 16}),
+        (mix.forward_kernel, 1, {"USE_NORM": False, "position_weight": None, "position_ids": None, "BLOCK": 16}),
+        (wide.adaptive_shares_kernel, 8, {"labels": None, "partner_labels": None, "TILE": 4096}),
+        (
+            top_k.kd_loss_top_k_kernel,
+            4,
+            {**options, **top_sizes, "DIVERGENCE": 6, "CROSS_ENTROPY": 2, "NEED_GRAD": True},
+        ),
+    ]
+    for need_grad, divergence in ((True, 4), (True, 9), (False, 0)):
+        more = {**options, "DIVERGENCE": divergence, "NEED_GRAD": need_grad, "divisor": None}
+        narrow_sizes = {"OUTPUT": 1, "DIVISOR": 0, "ROWS": 1, "CLASSES": 512}
+        for labels in ({"CROSS_ENTROPY": 2}, {"CROSS_ENTROPY": 0, "labels": None}):
+            variants.append((narrow.kd_loss_narrow_kernel, 4, {**more, **labels, **narrow_sizes}))
+            variants.append((wide.kd_loss_wide_kernel, 8, {**more, **labels, **wide_sizes}))
+            if divergence < 8:
+                variants.append((top_k.kd_loss_top_k_kernel, 4, {**more, **labels, **top_sizes, "LANES": 2}))
+    for kernel, warps, constants in variants:
+        whole = [name for name in kernel.arg_names if TYPES.get(name) in ("i32", "i64") and name not in constants]
+        compile_kernel(kernel, warps, 90, **constants)
+        compile_kernel(kernel, warps, 90, **constants, **dict.fromkeys(whole, 1))
+    return 2 * len(variants)
+    return len(variants)
 
 
 if __name__ == "__main__":
