@@ -18,6 +18,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "mixkd_fast_ready"
 TORCH = "torch==2.13.0"  # the version this release is tested with; any torch >= 2.11 will do
 EXTRAS = "train,dev"
+TIMEOUT_S = 1800  # for one command; the longest fetches torch
 
 
 def main() -> int:
@@ -80,7 +81,10 @@ def pip(*arguments: str) -> None:
 
 def run(command: list) -> None:
     print("+", " ".join(str(part) for part in command), flush=True)
-    result = subprocess.run(command, cwd=ROOT)
+    try:
+        result = subprocess.run(command, cwd=ROOT, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"set-up failed: {' '.join(str(part) for part in command)} did not end within {TIMEOUT_S} s")
     if result.returncode != 0:
         sys.exit(f"set-up failed: {' '.join(str(part) for part in command)} ended with {result.returncode}")
 

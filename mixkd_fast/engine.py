@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,9 +18,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
-from torch.utils.cpp_extension import get_default_build_root
 
 from mixkd_fast import distributed
+from mixkd_fast.build_locks import without_dead_locks
 from mixkd_fast.configuration import Training
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.errors import CheckpointError, ConfigurationError, NonFiniteError
@@ -39,8 +38,6 @@ def start_distributed(device: torch.device) -> None:
     """
     distributed.find_own_tools()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on this one
-    if device.type == "cpu":
-        remove_stale_build_locks()
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if distributed.is_launched():
@@ -48,18 +45,10 @@ def start_distributed(device: torch.device) -> None:
         else:
             alone = HashStore()
             torch.distributed.init_process_group(backend, timeout=_TIMEOUT, store=alone, rank=0, world_size=1)
-    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
-
-
-def remove_stale_build_locks(older_than_s: float = 600.0) -> None:
-    """Delete the locks of builds that died: a process killed while DeepSpeed compiled or loaded its CPU communication
-    leaves one behind, and every later start would wait on it for ever. A build takes about half a minute.
-    """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in root.glob("**/deepspeed_shm_comm*/lock"):
-        with contextlib.suppress(FileNotFoundError):  # its owner may finish meanwhile
-            if time.time() - lock.stat().st_mtime > older_than_s:
-                lock.unlink()
+    with without_dead_locks():
+        deepspeed.init_distributed(
+            dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
+        )
 
 
 class DistillationModule(nn.Module):
@@ -107,15 +96,16 @@ class Engine:
         self.device = device
         self._source_rows = source_rows
         self._module = module
-        optimizer = None if "optimizer" in deepspeed_config else _adamw(module, training, deepspeed_config)
         groups = _parameter_groups(module, training.weight_decay)
         try:
-            self._engine, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=optimizer,
-                model_parameters=None if optimizer else groups,
-                config=deepspeed_config,
-            )
+            with without_dead_locks():
+                optimizer = None if "optimizer" in deepspeed_config else _adamw(module, training, deepspeed_config)
+                self._engine, *_ = deepspeed.initialize(
+                    model=module,
+                    optimizer=optimizer,
+                    model_parameters=None if optimizer else groups,
+                    config=deepspeed_config,
+                )
         except (ValidationError, DeepSpeedConfigError) as error:
             raise ConfigurationError(f"deepspeed: DeepSpeed refuses the section: {error}") from error
         # DeepSpeed's own scheduler, if its section has one, drives the learning rate; else training.schedule does.

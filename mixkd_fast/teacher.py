@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import nn
 
+from mixkd_fast.build_locks import without_dead_locks
 from mixkd_fast.configuration import Precision, Teacher
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.deepspeed_config import teacher_zero3_config
@@ -31,7 +32,8 @@ class ShardedTeacher:
     def __init__(self, encoder: Encoder, zero_config: dict[str, Any]) -> None:
         encoder.requires_grad_(False)
         self.encoder = encoder
-        self._engine, *_ = deepspeed.initialize(model=_Dispatch(encoder), config=zero_config)
+        with without_dead_locks():
+            self._engine, *_ = deepspeed.initialize(model=_Dispatch(encoder), config=zero_config)
         self._engine.eval()
 
     @property

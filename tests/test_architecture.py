@@ -22,7 +22,7 @@ LAYERS = [
     {"pretrained", "student_layers"},
     {"model_checks"},
     {"checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
-    {"configuration", "distributed"},
+    {"build_locks", "configuration", "distributed"},
     {"config_errors", "strict_json"},
     {"methods"},
     {"losses", "mix", "mixing"},
