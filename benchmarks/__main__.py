@@ -24,7 +24,7 @@ import torch
 from benchmarks.bars import bars, predictions
 from benchmarks.cases import kd_cases, mix_cases
 from benchmarks.render import markdown, write
-from benchmarks.timing import Budget, WrongResult
+from benchmarks.timing import Budget, WrongResult, fix_what_glibc_keeps
 from mixkd_fast.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit("--device cuda: PyTorch finds no CUDA device here")
     if options.threads:
         torch.set_num_threads(options.threads)
+    fix_what_glibc_keeps()
     # The profiler, which counts memory on the CPU, otherwise prints two lines per variant.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     budget = Budget(0.2, 2, 3) if options.quick else Budget(options.seconds, 5, 50)

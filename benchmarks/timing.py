@@ -5,7 +5,9 @@ meets all of them alike. CPU: wall-clock time, short calls repeated inside one s
 overwritten before every sample. What a call allocates and frees is part of its time, also for the copy.
 """
 
+import ctypes
 import json
+import platform
 import random
 import statistics
 import tempfile
@@ -27,6 +29,10 @@ SAMPLE_SECONDS = 2e-3
 
 SAME_FUNCTION = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Relative L2 error up to which a peer still counts as computing the same function; its error is reported anyway."""
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+LARGEST_KEPT_BYTES = 32 * 2**20
 
 
 class WrongResult(RuntimeError):
@@ -66,6 +72,18 @@ class Timing:
     upper_ms: float
     rounds: int
     calls_per_sample: int
+
+
+def fix_what_glibc_keeps() -> None:
+    """CPU memory behaves alike in every case: tensors above 32 MiB are new to the process, smaller ones may be reused.
+
+    These are the limits that glibc reaches by itself once a program has freed a large tensor; left alone it gets there
+    in the middle of a run, and now and then keeps twice as much, by which a `clone()` of 64 MB takes 18 ms or 3.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, LARGEST_KEPT_BYTES)
 
 
 def interleave(calls: Mapping[str, Callable[[], object]], device: torch.device, budget: Budget) -> dict[str, Timing]:

@@ -138,7 +138,7 @@ MIXKD_INLINE ClassTerms<T> alpha_beta_terms(T log_p, T log_q, const DivergenceOp
   const T power = exp_of(zero_or_product(s, log_first));
   const T to_second = slope(power, zero_or_product(s, log_second), s, gap);
   const T to_product = slope(power, zero_or_product(large, log_first) + zero_or_product(small, log_second), small, gap);
-  const T v = exchange ? -to_product : (to_second * s - to_product * small) / a;
+  const T v = exchange ? -to_product : (zero_or_product(s, to_second) - zero_or_product(small, to_product)) / a;
   return {(to_second - to_product) / large, v};
 }
 
@@ -175,7 +175,6 @@ MIXKD_INLINE ClassTerms<T> class_terms(T p, T q, T log_p, T log_q, const Diverge
   } else if constexpr (divergence == Divergence::TVD) {
     const T distance = p > q ? p - q : q - p;
     const T side = q > p ? T(0.5) : (q < p ? T(-0.5) : T(0));
-    // A NaN must not vanish in the comparisons.
     return {T(0.5) * distance, q * side};
   } else {
     return {T(0), T(0)};

@@ -51,8 +51,13 @@ inline MixJob mix_job(const Tensor& input_ids, const Tensor& weight, const Tenso
                     "padding_mask must be contiguous bool of the shape of input_ids");
   }
   for (const Optional* values : {&norm_weight, &norm_bias}) {
-    STD_TORCH_CHECK(!values->has_value() || ((*values)->numel() == weight.size(1) && (*values)->is_contiguous()),
-                    "LayerNorm must be as wide as weight");
+    if (!values->has_value()) continue;
+    STD_TORCH_CHECK((*values)->numel() == weight.size(1) && (*values)->is_contiguous(),
+                    "LayerNorm must be contiguous and as wide as weight");
+    const ScalarType dtype = (*values)->scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+                        dtype == ScalarType::Double,
+                    "LayerNorm must be float32, bfloat16, float16 or float64");
   }
   job.input_ids = static_cast<const int64_t*>(input_ids.const_data_ptr());
   job.weight = weight.const_data_ptr();

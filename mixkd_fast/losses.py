@@ -142,13 +142,15 @@ def kd_loss(
         row_weights: floating [...], w_r; a row of weight 0 is dropped. Default 1.
         reduction: "mean" divides by the sum of w_r of rows that are not dropped; "sum"; "none" gives [...].
         normalizer: with "mean", replaces the divisor: the number of tokens (or rows) of the whole
-            accumulated, cross-rank batch, as a number or a tensor of one element.
+            accumulated, cross-rank batch, as a number or a tensor of one element. A divisor of 0 counts as 1.
         return_parts: return `KDLossParts` instead of the loss.
         detach_mixture: skew_reverse_kl only: no gradient through the q inside the mixture (DistiLLM-2).
         inplace: lets the gradient reuse the buffer of student_logits; no backend of this version does.
         backend: "auto" or a name of `mixkd_fast.ops.backends`.
 
     Returns: a scalar, or [...] for "none"; fp32 (fp64 for fp64 input). All rows dropped: 0 with gradient 0.
+
+    Differentiable once, backwards: a second derivative and forward mode raise, but for backend "reference".
 
     A row with NaN or +inf gives NaN for that row. -inf (a masked class) is legal; if only one side masks a
     class the loss is infinite where the formula is, with an undefined gradient for reverse_kl.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixkd_fast.ops import MixInputs, checks
-from mixkd_fast.ops.checks import FLOATING, refuse
+from mixkd_fast.ops.checks import FLOATING, INTEGER, refuse
 
 INDEX_NAMES = ("input_ids", "partner", "position_ids", "token_type_ids")
 """What holds rows of a table, as the kernels' errors call it."""
@@ -87,6 +87,20 @@ def mix_embeddings(
     if position_weight is not None and position_ids is None and length > position_weight.shape[0]:
         limit = position_weight.shape[0]
         raise ValueError(f"input_ids has {length} positions; allowed: up to {limit}, the rows of position_weight")
+    norm_weight, norm_bias = _affine(layer_norm)
+    given = {
+        "input_ids": input_ids,
+        "partner": partner,
+        "lam": lam,
+        "padding_mask": padding_mask,
+        "position_weight": position_weight,
+        "token_type_ids": token_type_ids,
+        "token_type_weight": token_type_weight,
+        "position_ids": position_ids,
+        "layer_norm.weight": norm_weight,
+        "layer_norm.bias": norm_bias,
+    }
+    checks.check_devices(weight.device, given.items(), "weight")
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if isinstance(lam, Tensor):
         _check_shape("lam", lam, tuple(partner.shape))
@@ -94,17 +108,17 @@ def mix_embeddings(
     else:
         lam = torch.full(partner.shape, lam, dtype=compute, device=partner.device)
     inputs = MixInputs(
-        _indices(input_ids),
+        _indices("input_ids", input_ids),
         weight.contiguous(),
-        _indices(partner),
+        _indices("partner", partner),
         lam.contiguous(),
         None if padding_mask is None else padding_mask.contiguous(),
         None if position_weight is None else position_weight.contiguous(),
-        None if token_type_ids is None else _indices(token_type_ids),
+        None if token_type_ids is None else _indices("token_type_ids", token_type_ids),
         None if token_type_weight is None else token_type_weight.contiguous(),
-        None if position_ids is None or position_weight is None else _indices(position_ids),
-        None if layer_norm is None else layer_norm.weight,
-        None if layer_norm is None else layer_norm.bias,
+        None if position_ids is None or position_weight is None else _indices("position_ids", position_ids),
+        norm_weight,
+        norm_bias,
         1e-5 if layer_norm is None else layer_norm.eps,
         layer_norm is not None,
         num_rows,
@@ -150,14 +164,26 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> No
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: [{wanted}]")
 
 
-def _indices(values: Tensor) -> Tensor:
+def _indices(name: str, values: Tensor) -> Tensor:
     """As contiguous int64."""
+    if values.dtype not in INTEGER:
+        refuse(name, values.dtype, "an integer dtype")
     return values.to(torch.int64).contiguous()
+
+
+def _affine(layer_norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias, contiguous; each may be missing."""
+    if layer_norm is None:
+        return None, None
+    weight, bias = layer_norm.weight, layer_norm.bias
+    return None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def first_rows(rows_R: Tensor, num_mixed: int, num_rows: int) -> Tensor:
     """The first row of each mixed pair, [num_mixed, ...]: mixed row m belongs to clean row m % num_rows."""
-    return rows_R[:num_rows].repeat(num_mixed // num_rows, *[1] * (rows_R.dim() - 1))
+    if num_mixed % max(1, num_rows):
+        return rows_R[torch.arange(num_mixed, device=rows_R.device) % num_rows]
+    return rows_R[:num_rows].repeat(num_mixed // max(1, num_rows), *[1] * (rows_R.dim() - 1))
 
 
 def mixed_attention_mask(mask_RL: Tensor, partner_M: Tensor, lam_M: Tensor, num_rows: int) -> Tensor:

@@ -144,9 +144,12 @@ def test_backward_with_grad_output_1_moves_no_gradient() -> None:
     require("cpu")
     student, teacher = make_logits((6, 5), 1.0, 0, torch.float32)
     loss = kd_loss(student, teacher, backend="cpu")
-    first, second = gradient_of(loss, student), gradient_of(loss, student)
-    assert first.data_ptr() == second.data_ptr()
-    assert gradient_of(loss, student, torch.tensor(2.0)).data_ptr() != first.data_ptr()
+    assert loss.grad_fn is not None
+    saved = loss.grad_fn.saved_tensors[0].data_ptr()  # type: ignore[attr-defined]
+    (kept,) = torch.autograd.grad(loss, student, retain_graph=True)  # somebody may ask again: a copy
+    (scaled,) = torch.autograd.grad(loss, student, torch.tensor(2.0), retain_graph=True)
+    (last,) = torch.autograd.grad(loss, student)
+    assert [x.data_ptr() == saved for x in (kept, scaled, last)] == [False, False, True]
 
 
 def test_a_second_derivative_is_refused_not_wrong() -> None:
@@ -155,6 +158,22 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
     (gradient,) = torch.autograd.grad(kd_loss(student, teacher, backend="cpu"), student, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once; backend='reference'"):
         gradient.square().sum().backward()
+    # A gradient penalty, which asks for some inputs only.
+    weight = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    loss = kd_loss(torch.tanh(student.detach() @ weight), teacher, backend="cpu")
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="kd_loss is differentiable once; backend='reference'"):
+        torch.autograd.grad(gradient.square().sum(), weight)
+
+
+def test_forward_mode_is_refused_not_zero() -> None:
+    require("cpu")
+    student, teacher = make_logits((6, 5), 1.0, 0, torch.float64)
+    student = student.detach()
+    derivative = torch.func.jvp(lambda x: kd_loss(x, teacher, backend="reference"), (student,), (student,))[1]
+    assert derivative != 0
+    with pytest.raises(RuntimeError, match="kd_loss has no forward-mode derivative; backend='reference' has one"):
+        torch.func.jvp(lambda x: kd_loss(x, teacher, backend="cpu"), (student,), (student,))
 
 
 def op_arguments(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, ...]:

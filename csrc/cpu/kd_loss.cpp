@@ -1,12 +1,14 @@
 // mixkd_fast::kd_loss on the CPU: arguments -> KdJob, threads over rows, the reduction, registration.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
 #include "../checks.h"
 #include "instruction_set.h"
 #include "kd_job.h"
+#include "large_pages.h"
 
 namespace mixkd {
 namespace {
@@ -69,12 +71,17 @@ double mean_scale(const KdJob& job, bool compute_double, int64_t num_rows, const
   return divisor == 0 ? 1.0 : 1.0 / divisor;
 }
 
-void store(Tensor& tensor, bool compute_double, int64_t index, double value) {
-  if (compute_double) {
-    static_cast<double*>(tensor.mutable_data_ptr())[index] = value;
+// [rows] or [] of the compute type, from doubles.
+Tensor stored(const Tensor& like, ScalarType compute, const std::vector<int64_t>& shape, const double* values) {
+  Tensor tensor = torch::stable::new_empty(like, shape, compute);
+  const int64_t count = shape.empty() ? 1 : shape[0];
+  void* const out = tensor.mutable_data_ptr();
+  if (compute == ScalarType::Double) {
+    std::copy(values, values + count, static_cast<double*>(out));
   } else {
-    static_cast<float*>(tensor.mutable_data_ptr())[index] = static_cast<float>(value);
+    std::transform(values, values + count, static_cast<float*>(out), [](double x) { return static_cast<float>(x); });
   }
+  return tensor;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(
@@ -95,19 +102,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(
   job.num_classes = job.num_shared = num_classes;
   job.divergence = Divergence::NONE;
   bool compute_double = job.student_dtype == Dtype::F64;
+  if (teacher_logits.has_value()) {
+    // Also where kd_weight is 0: the dtype of a loss must not depend on a weight.
+    compute_double = compute_double || teacher_logits->scalar_type() == ScalarType::Double;
+  }
   if (teacher_logits.has_value() && kd_weight != 0) {
     check_matrix("teacher_logits", *teacher_logits, num_rows);
     job.teacher = teacher_logits->const_data_ptr();
     job.teacher_dtype = dtype_of("teacher_logits", *teacher_logits);
     job.teacher_stride = teacher_logits->stride(0);
-    compute_double = compute_double || job.teacher_dtype == Dtype::F64;
     job.options = {beta, alpha, ab_alpha, ab_beta, detach_mixture, 0.0, 0.0};
     job.divergence = arranged(effective_divergence(static_cast<Divergence>(divergence), job.options), job.options);
     if (teacher_indices.has_value()) {
-      check_matrix("teacher_indices", *teacher_indices, num_rows);
-      STD_TORCH_CHECK(teacher_indices->is_contiguous() && teacher_indices->scalar_type() == ScalarType::Long &&
-                          teacher_indices->size(1) == teacher_logits->size(1),
-                      "teacher_indices must be contiguous int64 of the shape of teacher_logits");
+      check_top_k(*teacher_indices, *teacher_logits, num_rows);
+      STD_TORCH_CHECK(job.divergence != Divergence::MSE, "mse compares logits; a top-k teacher has none");
       job.top_indices = static_cast<const int64_t*>(teacher_indices->const_data_ptr());
       job.num_top = teacher_indices->size(1);
     } else {
@@ -119,6 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(
   check_rows("partner_labels", partner_labels, num_rows, ScalarType::Long);
   check_rows("lam", lam, num_rows, compute);
   check_rows("row_weights", row_weights, num_rows, compute);
+  check_normalizer(normalizer, compute);
   STD_TORCH_CHECK(!partner_labels.has_value() || lam.has_value(), "partner_labels needs lam");
   job.labels = static_cast<const int64_t*>(data_or_null(labels));
   job.partner_labels = static_cast<const int64_t*>(data_or_null(partner_labels));
@@ -132,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(
   if (raise_invalid) check_classes(job, compute_double, num_rows);
   job.scale = reduction == 0 ? mean_scale(job, compute_double, num_rows, normalizer) : 1.0;
 
-  Tensor gradient = torch::stable::new_empty(
-      student_logits, need_grad ? std::vector<int64_t>{num_rows, num_classes} : std::vector<int64_t>{0});
+  Tensor gradient = on_large_pages(torch::stable::new_empty(
+      student_logits, need_grad ? std::vector<int64_t>{num_rows, num_classes} : std::vector<int64_t>{0}));
   job.gradient = need_grad ? gradient.mutable_data_ptr() : nullptr;
   std::vector<double> row_values(2 * num_rows);
   job.kd = row_values.data();
@@ -146,26 +155,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(
   torch::stable::parallel_for(0, num_rows, rows_at_once,
                               [&](int64_t begin, int64_t end) { row_loops(job, compute_double, begin, end); });
 
-  const std::vector<int64_t> shape = reduction == 2 ? std::vector<int64_t>{num_rows} : std::vector<int64_t>{};
-  Tensor loss = torch::stable::new_empty(student_logits, shape, compute);
-  Tensor kd = torch::stable::new_empty(student_logits, shape, compute);
-  Tensor ce = torch::stable::new_empty(student_logits, shape, compute);
-  double kd_sum = 0, ce_sum = 0;
+  std::vector<double> losses(num_rows);
+  double sums[3] = {0, 0, 0};  // loss, kd, ce
   for (int64_t r = 0; r < num_rows; ++r) {
-    if (reduction == 2) {
-      store(kd, compute_double, r, job.kd[r]);
-      store(ce, compute_double, r, job.ce[r]);
-      store(loss, compute_double, r, job.kd[r] + job.ce[r]);
-    }
-    kd_sum += job.kd[r];
-    ce_sum += job.ce[r];
+    losses[r] = job.kd[r] + job.ce[r];
+    sums[1] += job.kd[r];
+    sums[2] += job.ce[r];
   }
-  if (reduction != 2) {
-    store(kd, compute_double, 0, kd_sum);
-    store(ce, compute_double, 0, ce_sum);
-    store(loss, compute_double, 0, kd_sum + ce_sum);
-  }
-  return {loss, kd, ce, gradient};
+  sums[0] = sums[1] + sums[2];
+  const bool by_row = reduction == 2;
+  const std::vector<int64_t> shape = by_row ? std::vector<int64_t>{num_rows} : std::vector<int64_t>{};
+  const auto result = [&](const double* rows, const double* sum) {
+    return stored(student_logits, compute, shape, by_row ? rows : sum);
+  };
+  return {result(losses.data(), sums), result(job.kd, sums + 1), result(job.ce, sums + 2), gradient};
 }
 
 }  // namespace

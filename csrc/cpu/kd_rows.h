@@ -148,11 +148,13 @@ void finish_scales(const Softmax<T>& softmax, std::vector<T>& scales) {
 }
 
 // First reading. KL(p || q) needs no middle reading: its sum of v is -1 and its value is gathered here as
-// sum p ((t - t_0) - (s - s_0)) / tau, t_0 and s_0 the first block's maxima: large common offsets must cancel.
+// sum p ((t - t_0) - (s - s_0)) / tau, t_0 and s_0 the first finite maxima of a block: large common offsets must
+// cancel.
 template <typename T>
 void read_statistics(const KdJob& job, const Row<T>& student, const Row<T>& teacher, bool forward_kl, bool gather_plain,
                      RowState<T>& state, const Kept<T>& kept) {
   T student_start = 0, teacher_start = 0;
+  bool student_known = false, teacher_known = false;
   double difference = 0;
   const T inverse = state.student.inverse_temperature;
   kept.student_scales.clear();
@@ -167,10 +169,10 @@ void read_statistics(const KdJob& job, const Row<T>& student, const Row<T>& teac
     kept.teacher_scales.push_back(state.teacher.max);
     // What underflows is gone, even if it was infinite.
     difference = factor == T(0) ? 0 : difference * factor;
-    if (start == 0) {
-      student_start = state.student.shift();
-      teacher_start = state.teacher.shift();
-    }
+    if (!student_known) student_start = state.student.shift();
+    if (!teacher_known) teacher_start = state.teacher.shift();
+    student_known = state.student.max != -INFINITE<T>;
+    teacher_known = state.teacher.max != -INFINITE<T>;
     const T s_max = state.student.shift(), t_max = state.teacher.shift();
     T* __restrict s_kept = kept.student + start;
     T* __restrict t_kept = kept.teacher + start;

@@ -146,9 +146,16 @@ void wide_row(const KdJob& job, const JobConstants<T>& constants, int64_t r, Buf
   }
   int64_t count = 0;
   if constexpr (is_mse) state.value = squared_error(job, student, teacher, count);
+  // NaN, or no class at all on one side: the whole row is NaN, also where a block is masked.
+  const bool poisoned = has_kd && !is_mse && !(state.student.sum > 0 && state.teacher.sum > 0);
+  if (poisoned) state.value = std::numeric_limits<double>::quiet_NaN();
   finish_row(job, constants, r, state.value, has_ce ? cross_entropy(state, student, setting.scale) : T(0),
              setting.weight);
   if (gradient == nullptr) return;
+  if (poisoned) {
+    fill_row(job, gradient, std::numeric_limits<T>::quiet_NaN(), buffers.out);
+    return;
+  }
 
   int64_t rest = 0;
   if constexpr (is_mse) {

@@ -5,11 +5,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
 #include "../mix_checks.h"
 #include "instruction_set.h"
+#include "large_pages.h"
 #include "mix_job.h"
 
 namespace mixkd {
@@ -115,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_embeddings(Tensor input_ids, Tensor weigh
             position_ids, norm_weight, norm_bias, norm_eps, use_norm, num_rows, include_clean);
   MixJob& job = call.job;
   const int64_t output_rows = partner.numel() + job.num_leading;
-  Tensor output = new_empty(weight, std::vector<int64_t>{output_rows, job.length, job.width});
+  Tensor output = on_large_pages(new_empty(weight, std::vector<int64_t>{output_rows, job.length, job.width}));
   const std::vector<int64_t> moments{use_norm ? job.num_tokens : 0};
   Tensor mean = new_empty(weight, moments, call.compute), rstd = new_empty(weight, moments, call.compute);
   job.output = output.mutable_data_ptr();
@@ -137,7 +139,7 @@ constexpr int64_t PIECE = 256;  // entries
 // table[r] = sum of the entries of r; the rest of the table is 0.
 Tensor sum_by_row(const Call& call, const std::vector<Entry>& entries, const void* source, MixDtype source_dtype,
                   const Tensor& like) {
-  Tensor table = torch::stable::new_zeros(like, std::vector<int64_t>{like.size(0), like.size(1)});
+  Tensor table = on_large_pages(new_empty(like, std::vector<int64_t>{like.size(0), like.size(1)}));
   std::vector<int64_t> starts(like.size(0) + 1, 0);
   for (const Entry& entry : entries) ++starts[entry.row + 1];
   for (size_t r = 1; r < starts.size(); ++r) starts[r] += starts[r - 1];
@@ -174,6 +176,12 @@ Tensor sum_by_row(const Call& call, const std::vector<Entry>& entries, const voi
              partials.mutable_data_ptr(),
              table.mutable_data_ptr(),
              call.job.width};
+  const size_t row_bytes = call.job.width * like.element_size();
+  parallel_for(0, like.size(0), call.grain(), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (starts[row] == starts[row + 1]) std::memset(static_cast<char*>(job.table) + row * row_bytes, 0, row_bytes);
+    }
+  });
   parallel_for(0, static_cast<int64_t>(pieces.size()), 8,
                [&](int64_t begin, int64_t end) { row_loops().sum_pieces(job, begin, end); });
   parallel_for(0, static_cast<int64_t>(splits.size()), 1,
@@ -195,7 +203,7 @@ void for_tokens(const MixJob& job, Visit visit) {
 template <typename T>
 std::pair<Tensor, std::vector<T>> norm_backward(const Call& call, const Tensor& grad_output) {
   const MixJob& job = call.job;
-  Tensor grad_x = new_empty(grad_output, std::vector<int64_t>{job.num_tokens, job.width}, call.compute);
+  Tensor grad_x = on_large_pages(new_empty(grad_output, std::vector<int64_t>{job.num_tokens, job.width}, call.compute));
   // Shares of fixed size, added in order: the same result for any number of threads.
   const int64_t share = std::max<int64_t>(64, (job.num_tokens + 63) / 64),
                 shares = (job.num_tokens + share - 1) / share;
@@ -290,9 +298,10 @@ Gradients mix_embeddings_backward(Tensor grad_output, Tensor input_ids, Tensor w
   STD_TORCH_CHECK(grad_output.is_contiguous() && grad_output.numel() == job.num_tokens * job.width &&
                       grad_output.scalar_type() == weight.scalar_type(),
                   "grad_output must be contiguous, of the shape of the output and the dtype of weight");
-  STD_TORCH_CHECK(!use_norm || (mean.numel() == job.num_tokens && rstd.numel() == job.num_tokens &&
-                                mean.scalar_type() == call.compute && rstd.scalar_type() == call.compute),
-                  "mean and rstd must be those of the forward");
+  if (use_norm) {
+    check_rows("mean", mean, job.num_tokens, call.compute);
+    check_rows("rstd", rstd, job.num_tokens, call.compute);
+  }
   job.mean = mean.mutable_data_ptr();
   job.rstd = rstd.mutable_data_ptr();
   const auto run = call.compute == ScalarType::Double ? table_gradients<double> : table_gradients<float>;

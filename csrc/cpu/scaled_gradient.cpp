@@ -5,17 +5,17 @@
 
 #include "../checks.h"
 #include "../fast_math.h"
+#include "large_pages.h"
 
 namespace mixkd {
 namespace {
 
-template <typename Load, typename Store, typename E, typename T>
-void scale_rows(const E* in, E* out, const T* factors, bool per_row, double scale, int64_t num_rows,
-                int64_t num_classes, Load load, Store store) {
+template <typename T, typename E, typename Factor, typename Load, typename Store>
+void scale_rows(const E* in, E* out, Factor factor_of, int64_t num_rows, int64_t num_classes, Load load, Store store) {
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, num_classes));
   torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const T factor = static_cast<T>(factors[per_row ? r : 0] * scale);
+      const T factor = static_cast<T>(factor_of(r));
       const E* __restrict from = in + r * num_classes;
       E* __restrict to = out + r * num_classes;
 #pragma omp simd
@@ -24,7 +24,7 @@ void scale_rows(const E* in, E* out, const T* factors, bool per_row, double scal
   });
 }
 
-Tensor scaled_gradient(Tensor grad_logits, Tensor grad_output, double scale) {
+Tensor scaled_gradient(Tensor grad_logits, Tensor grad_output) {
   STD_TORCH_CHECK(grad_logits.dim() == 2 && grad_logits.is_contiguous(),
                   "grad_logits must be contiguous [rows, classes]");
   const int64_t num_rows = grad_logits.size(0), num_classes = grad_logits.size(1);
@@ -33,17 +33,21 @@ Tensor scaled_gradient(Tensor grad_logits, Tensor grad_output, double scale) {
                   num_rows, "]");
   // What a reduction hands down is expanded; a copy of [N] is nothing beside [N, C].
   const Tensor factors = torch::stable::contiguous(grad_output);
-  const bool is_double = grad_logits.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(factors.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
-                  "grad_output has a wrong dtype");
-  Tensor result = torch::stable::empty_like(grad_logits);
+  // float64 also for narrower logits, if the teacher's are float64.
+  const bool is_double = factors.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(is_double || factors.scalar_type() == ScalarType::Float, "grad_output must be float32 or float64");
+  const void* const values = factors.const_data_ptr();
+  const auto factor_of = [=](int64_t row) {
+    const int64_t at = per_row ? row : 0;
+    return is_double ? static_cast<const double*>(values)[at] : static_cast<const float*>(values)[at];
+  };
+  Tensor result = on_large_pages(torch::stable::empty_like(grad_logits));
   const void* in = grad_logits.const_data_ptr();
   void* out = result.mutable_data_ptr();
   const auto run = [&](auto element, auto compute, auto load, auto store) {
     using E = decltype(element);
     using T = decltype(compute);
-    scale_rows(static_cast<const E*>(in), static_cast<E*>(out), static_cast<const T*>(factors.const_data_ptr()),
-               per_row, scale, num_rows, num_classes, load, store);
+    scale_rows<T>(static_cast<const E*>(in), static_cast<E*>(out), factor_of, num_rows, num_classes, load, store);
   };
   const auto same = [](auto value) { return value; };
   switch (grad_logits.scalar_type()) {

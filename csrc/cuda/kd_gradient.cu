@@ -22,7 +22,6 @@ struct Scaling {
   char* to;          // may be `from`
   const float* factors;
   int64_t num_rows, num_classes, factor_stride;
-  float scale;
 };
 
 // The chunk of a row that starts at class `start`; what lies outside [0, num_classes) is left alone. Not by fetch() of
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(THREADS) scale_kernel(const __grid_constant__ 
   constexpr int bytes = dtype == Dtype::F32 ? 4 : 2;
   for (int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; row < job.num_rows;
        row += static_cast<int64_t>(gridDim.y) * blockDim.y) {
-    const float factor = job.factors[row * job.factor_stride] * job.scale;
+    const float factor = job.factors[row * job.factor_stride];
     if (factor == 1.0f && job.from == job.to) continue;
     const char* from = job.from + row * job.num_classes * bytes;
     char* to = job.to + row * job.num_classes * bytes;
@@ -90,7 +89,7 @@ void launch(const Scaling& job, int64_t most_blocks, cudaStream_t stream) {
 }
 
 // `result`: of the shape and dtype of grad_logits, or grad_logits itself.
-void scale_into(Tensor& result, const Tensor& grad_logits, const Tensor& grad_output, double scale) {
+void scale_into(Tensor& result, const Tensor& grad_logits, const Tensor& grad_output) {
   STD_TORCH_CHECK(grad_logits.dim() == 2 && grad_logits.is_contiguous(),
                   "grad_logits must be contiguous [rows, classes]");
   const int64_t num_rows = grad_logits.size(0), num_classes = grad_logits.size(1);
@@ -107,13 +106,10 @@ void scale_into(Tensor& result, const Tensor& grad_logits, const Tensor& grad_ou
   int num_multiprocessors = 0;
   check_cuda(cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device), "scaled_gradient");
   const int64_t most_blocks = static_cast<int64_t>(num_multiprocessors) * BLOCKS_PER_MULTIPROCESSOR;
-  const Scaling job{static_cast<const char*>(grad_logits.const_data_ptr()),
-                    static_cast<char*>(result.mutable_data_ptr()),
-                    static_cast<const float*>(grad_output.const_data_ptr()),
-                    by_row ? num_rows : 1,
-                    by_row ? num_classes : num_rows * num_classes,
-                    by_row ? grad_output.stride(0) : 0,
-                    static_cast<float>(scale)};
+  const Scaling job{
+      static_cast<const char*>(grad_logits.const_data_ptr()),  static_cast<char*>(result.mutable_data_ptr()),
+      static_cast<const float*>(grad_output.const_data_ptr()), by_row ? num_rows : 1,
+      by_row ? num_classes : num_rows * num_classes,           by_row ? grad_output.stride(0) : 0};
   switch (grad_logits.scalar_type()) {
     case ScalarType::Float: launch<Dtype::F32>(job, most_blocks, stream); break;
     case ScalarType::BFloat16: launch<Dtype::BF16>(job, most_blocks, stream); break;
@@ -123,16 +119,14 @@ void scale_into(Tensor& result, const Tensor& grad_logits, const Tensor& grad_ou
   check_launch("scaled_gradient");
 }
 
-Tensor scaled_gradient(Tensor grad_logits, Tensor grad_output, double scale) {
+Tensor scaled_gradient(Tensor grad_logits, Tensor grad_output) {
   Tensor result = torch::stable::empty_like(grad_logits);
-  scale_into(result, grad_logits, grad_output, scale);
+  scale_into(result, grad_logits, grad_output);
   return result;
 }
 
 // For a gradient that nobody else holds or asks for again.
-void scale_gradient_(Tensor grad_logits, Tensor grad_output, double scale) {
-  scale_into(grad_logits, grad_logits, grad_output, scale);
-}
+void scale_gradient_(Tensor grad_logits, Tensor grad_output) { scale_into(grad_logits, grad_logits, grad_output); }
 
 }  // namespace
 

@@ -112,12 +112,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student_logits, std::o
     job.divergence = effective_divergence(static_cast<Divergence>(divergence), job.options);
     const int teacher_width = checked_width("teacher_logits", *teacher_logits);
     if (teacher_indices.has_value()) {
-      check_matrix("teacher_indices", *teacher_indices, num_rows);
+      check_top_k(*teacher_indices, *teacher_logits, num_rows);
       check_device("teacher_indices", teacher_indices, student_logits);
-      STD_TORCH_CHECK(teacher_indices->is_contiguous() && teacher_indices->scalar_type() == ScalarType::Long &&
-                          teacher_indices->size(1) == teacher_width,
-                      "teacher_indices must be contiguous int64 of the shape of teacher_logits");
-      STD_TORCH_CHECK(job.divergence != Divergence::MSE, "divergence mse needs the teacher's logits, not a TopK");
+      STD_TORCH_CHECK(job.divergence != Divergence::MSE, "mse compares logits; a top-k teacher has none");
       job.top_indices = pointer<int64_t>(teacher_indices);
       job.num_top = teacher_width;
     } else {
@@ -171,8 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student_logits, std::o
   bool count_rows = false;
   if (reduction == 0 && normalizer.has_value()) {
     check_device("normalizer", normalizer, student_logits);
-    STD_TORCH_CHECK(normalizer->numel() == 1 && normalizer->scalar_type() == ScalarType::Float,
-                    "normalizer must be one float32 number");
+    check_normalizer(normalizer, ScalarType::Float);
     job.divisor = pointer<float>(normalizer);
   } else if (reduction == 0 && job.labels == nullptr && job.partner_labels == nullptr && job.row_weights == nullptr) {
     job.fixed_divisor = static_cast<float>(num_rows);

@@ -85,11 +85,11 @@ Arguments checked(const Tensor& input_ids, const Tensor& weight, const Tensor& p
   check_place("position_ids", position_ids, weight);
   check_place("norm_weight", norm_weight, weight);
   check_place("norm_bias", norm_bias, weight);
+  const Element element = element_of("weight", weight);  // first: it has the words for float64
   Arguments arguments{
       mix_job(input_ids, weight, partner, lam, padding_mask, position_weight, token_type_ids, token_type_weight,
               position_ids, norm_weight, norm_bias, norm_eps, use_norm, num_rows, include_clean, ScalarType::Float),
-      element_of("weight", weight), norm_values("norm_weight", norm_weight), norm_values("norm_bias", norm_bias),
-      false};
+      element, norm_values("norm_weight", norm_weight), norm_values("norm_bias", norm_bias), false};
   const int64_t row_bytes = arguments.job.width * (arguments.element == Element::F32 ? 4 : 2);
   arguments.in_pieces = row_bytes % 16 == 0 && is_aligned({arguments.job.weight, arguments.job.position_weight,
                                                            arguments.job.token_type_weight});
@@ -140,6 +140,8 @@ std::tuple<Tensor, Tensor> mix_norm_backward(Tensor grad_output, Tensor input_id
   STD_TORCH_CHECK(grad_output.is_contiguous() && grad_output.numel() == job.num_tokens * job.width &&
                       grad_output.scalar_type() == weight.scalar_type(),
                   "grad_output must be contiguous, of the shape of the output and the dtype of weight");
+  check_place("mean", mean, weight);
+  check_place("rstd", rstd, weight);
   check_rows("mean", mean, job.num_tokens, ScalarType::Float);
   check_rows("rstd", rstd, job.num_tokens, ScalarType::Float);
   job.mean = mean.mutable_data_ptr();
@@ -183,6 +185,7 @@ void launch_sums(const Sums& job, bool in_pieces, cudaStream_t stream) {
 
 // table[rows[e]] = sum of shares[e] * source[tokens[e]]; rows ascend; the caller zeroes the table.
 void sum_rows(Tensor source, Tensor rows, Tensor tokens, Tensor shares, Tensor table) {
+  STD_TORCH_CHECK(table.dim() == 2, "table must be [rows, width]");
   const int64_t num_entries = rows.numel(), width = table.size(1);
   STD_TORCH_CHECK(source.dim() == 2 && source.is_contiguous() && source.size(1) == width && table.is_contiguous(),
                   "source must be contiguous [tokens, ", width, "]");

@@ -135,6 +135,8 @@ def select(op: str, device: torch.device | str, requested: str = "auto") -> Sele
             raise ValueError(f"backend is {requested!r}; allowed: auto, {', '.join(rows)}")
         if not rows[requested].available:
             raise RuntimeError(f"backend {requested!r} of {op} is not available: {rows[requested].reason}")
+        if requested in ("cpu", "cuda") and torch.device(device).type != requested:
+            raise RuntimeError(f"backend {requested!r} of {op} is for tensors on {requested}; these are on {device}")
         return Selection(requested, "requested")
     tried = [rows[name] for name in preferred(device) if name in rows]
     passed: list[str] = []

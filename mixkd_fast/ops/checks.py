@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import re
+from collections.abc import Iterable
 from typing import get_args
 
 import torch
@@ -84,6 +85,18 @@ def check_tensors(inputs: LossInputs, options: RowOptions) -> None:
         _check_rows("lam", lam, rows, FLOATING)
     if row_weights is not None:
         _check_rows("row_weights", row_weights, rows, FLOATING)
+    given: list[tuple[str, object]] = [("labels", labels), ("partner_labels", partner_labels), ("lam", lam)]
+    given += [("row_weights", row_weights), ("teacher_logits", teacher)]
+    if isinstance(teacher, TopK):
+        given += [("teacher_logits.indices", teacher.indices), ("teacher_logits.logprobs", teacher.logprobs)]
+    check_devices(student_logits.device, given, "student_logits")
+
+
+def check_devices(device: torch.device, tensors: Iterable[tuple[str, object]], of: str) -> None:
+    """Raise ValueError for a tensor that is not on `device`, where the tensor `of` is; others than tensors pass."""
+    for name, tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}; allowed: {device}, the device of {of}")
 
 
 def _check_rows(name: str, tensor: Tensor, shape: torch.Size, dtypes: frozenset[torch.dtype]) -> None:
@@ -119,6 +132,7 @@ def check_indices(name: str, indices: Tensor | None, size: int) -> None:
     """Raise ValueError for an index that is not in a table of `size` rows, where values may be read."""
     if indices is None or not values_may_be_read(indices.device):
         return
+    indices = indices.long()  # a size may not fit into a narrower dtype
     bad = (indices < 0) | (indices >= size)
     if bool(bad.any()):
         raise ValueError(f"{name} holds {indices[bad][0].item()}; allowed: 0 to {size - 1}")
@@ -144,13 +158,15 @@ def kept_and_invalid_rows(inputs: LossInputs, ignore_index: int) -> tuple[Tensor
 
     for name, classes in (("labels", labels), ("partner_labels", partner_labels)):
         if classes is not None:
+            classes = classes.long()  # neither the number of classes nor ignore_index need fit into a narrower dtype
             counted = classes != ignore_index
             keep = counted if keep is None else keep & counted
             bad = counted & ((classes < 0) | (classes >= num_classes))
             note_invalid(name, classes, bad, f"0 to {num_classes - 1}, or ignore_index {ignore_index}")
     if isinstance(teacher, TopK):
-        bad = (teacher.indices < 0) | (teacher.indices >= num_classes)
+        indices = teacher.indices.long()
+        bad = (indices < 0) | (indices >= num_classes)
         if keep is not None:
             bad = bad & keep.unsqueeze(-1)
-        note_invalid("teacher_logits.indices", teacher.indices, bad, f"0 to {num_classes - 1}")
+        note_invalid("teacher_logits.indices", indices, bad, f"0 to {num_classes - 1}")
     return keep, invalid

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixkd_fast.ops import DivergenceName, LossInputs, Reduction, RowOptions, TopK
 from mixkd_fast.ops.checks import readable
-from mixkd_fast.ops.schema import OVERLOADS, KDLossFunction, call_kernel
+from mixkd_fast.ops.schema import OVERLOADS, KDLossFunction, call_kernel, refuse_forward_mode
 
 DIVERGENCE_INDEX = {name: index for index, name in enumerate(get_args(DivergenceName))}
 REDUCTION_INDEX = {name: index for index, name in enumerate(get_args(Reduction))}
@@ -56,16 +56,24 @@ def _call(
     if compute == torch.float64 and (name != "kd_loss" or student_logits.device.type != "cpu"):
         raise ValueError("student_logits or teacher_logits is torch.float64; allowed: float32, bfloat16, float16")
 
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        refuse_forward_mode("kd_loss", (student_logits,))
     need_grad = student_logits.requires_grad and torch.is_grad_enabled()
-    scale = _power_of_two(flat.shape[0]) if student_logits.dtype == torch.float16 and reduction == "mean" else 1.0
+    labels, partner_labels = _rows(labels, torch.int64), _rows(partner_labels, torch.int64)
+    row_weights = _rows(row_weights, compute)
+    divisor = None
+    if student_logits.dtype == torch.float16 and reduction == "mean":
+        # A mean's gradient in half precision may be too small for it: the sum's is kept, and divided in the backward.
+        divisor = divisor_of(flat, labels, partner_labels, row_weights, normalizer, ignore_index)
+        reduction, normalizer = "sum", None
     arguments: tuple[Any, ...] = (
-        flat,
         teacher_logits,
         indices,
-        _rows(labels, torch.int64),
-        _rows(partner_labels, torch.int64),
+        labels,
+        partner_labels,
         _lam(lam, rows, compute, flat.device),
-        _rows(row_weights, compute),
+        row_weights,
         _normalizer(normalizer, compute, flat.device),
         DIVERGENCE_INDEX[options.divergence],
         options.temperature,
@@ -74,26 +82,25 @@ def _call(
         options.ab_alpha,
         options.ab_beta,
         options.detach_mixture,
-        options.kd_weight * scale,
-        options.ce_weight * scale,
+        options.kd_weight,
+        options.ce_weight,
         tail_mass,
         ignore_index,
         REDUCTION_INDEX[reduction],
         need_grad,
-        not torch.compiler.is_compiling(),
+        not compiling,
     )
     try:
-        if torch.compiler.is_compiling():
-            loss, kd, ce, _ = OVERLOADS[name](*arguments)
+        if compiling:
+            loss, kd, ce, _ = OVERLOADS[name](flat, *arguments)
         elif need_grad:
-            loss, kd, ce = KDLossFunction.apply(name, 1.0 / scale, *arguments)
-            scale = 1.0
+            loss, kd, ce = KDLossFunction.apply(flat, arguments, name)
         else:
-            loss, kd, ce, _ = call_kernel(name, arguments)
+            loss, kd, ce, _ = call_kernel(name, flat, arguments)
     except RuntimeError as error:
         raise readable(error, CLASS_NAMES) from None
-    if scale != 1:
-        loss, kd, ce = loss / scale, kd / scale, ce / scale
+    if divisor is not None:
+        loss, kd, ce = loss / divisor, kd / divisor, ce / divisor
     if reduction == "none" and len(rows) != 1:
         loss, kd, ce = loss.view(rows), kd.view(rows), ce.view(rows)
     return loss, kd, ce
@@ -132,12 +139,32 @@ def _normalizer(normalizer: Tensor | float | None, dtype: torch.dtype, device: t
     if normalizer is None:
         return None
     if isinstance(normalizer, Tensor):
-        return normalizer.detach().to(device=device, dtype=dtype, non_blocking=True).reshape(())
+        # To a GPU without waiting; from one the number must have arrived before it is read.
+        return normalizer.detach().to(device=device, dtype=dtype, non_blocking=device.type != "cpu").reshape(())
     return torch.full((), normalizer, dtype=dtype, device=device)
 
 
-def _power_of_two(num_rows: int) -> float:
-    """A scale for a mean's fp16 gradient: 1 / rows of a probability is below the smallest half-precision number."""
-    if not isinstance(num_rows, int):
-        return 1024.0  # a size that torch.compile keeps open
-    return float(2 ** max(0, (num_rows - 1).bit_length()))
+def divisor_of(
+    student_logits: Tensor,
+    labels: Tensor | None,
+    partner_labels: Tensor | None,
+    row_weights: Tensor | None,
+    normalizer: Tensor | float | None,
+    ignore_index: int,
+) -> Tensor:
+    """What "mean" divides by, fp32 []: the normalizer, or the weight of the rows that are not dropped; 1 for 0.
+
+    Args: student_logits [N, C], the others [N]. Nothing waits for the device.
+    """
+    device = student_logits.device
+    given = _normalizer(normalizer, torch.float32, device)
+    if given is None:
+        counted = row_weights
+        for classes in (labels, partner_labels):
+            if classes is not None:
+                kept = classes != ignore_index
+                counted = kept.float() if counted is None else torch.where(kept, counted, 0.0)
+        if counted is None:
+            return torch.full((), max(1, student_logits.shape[0]), dtype=torch.float32, device=device)
+        given = counted.sum(dtype=torch.float32)
+    return torch.where(given == 0, 1.0, given)

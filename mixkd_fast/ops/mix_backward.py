@@ -34,7 +34,7 @@ def gradients(
     of_norm_weight = of_norm_bias = None
     if inputs.use_norm:
         source, sums = norm_backward(source, inputs, mean, rstd)
-        of_norm_weight, of_norm_bias = sums.sum(0)
+        of_norm_weight, of_norm_bias = sums[:, 0].sum(0), sums[:, 1].sum(0)  # two tensors, not two views of one
     found = [weight.new_empty(0) for _ in range(5)]
     first, second, u, v = _pairs(inputs, output_rows, length)
     if needs & 1:
@@ -69,7 +69,8 @@ def _pairs(inputs: MixInputs, output_rows: int, length: int) -> tuple[Tensor, Te
     lam = torch.cat([inputs.lam.new_ones(leading), inputs.lam])
     in_pool = (second >= 0) & (second < inputs.input_ids.shape[0])
     second = torch.where(in_pool, second, 0)
-    u, v = lam[:, None].expand(-1, length), (1 - lam)[:, None].expand(-1, length)
+    # The tokens of a partner that is not there were NaN in the forward; they count for nobody.
+    u, v = (torch.where(in_pool, share, 0.0)[:, None].expand(-1, length) for share in (lam, 1 - lam))
     if inputs.padding_mask is not None:
         u = torch.where(inputs.padding_mask[first], 0.0, u)
         v = torch.where(inputs.padding_mask[second], 0.0, v)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixkd_fast.ops import MixInputs, mix_backward
-from mixkd_fast.ops.schema import LIBRARY
+from mixkd_fast.ops.schema import LIBRARY, refuse_forward_mode, refusing_a_second_derivative
 
 ARGUMENTS = (
     "Tensor input_ids, Tensor weight, Tensor partner, Tensor lam, Tensor? padding_mask, Tensor? position_weight, "
@@ -69,6 +69,12 @@ def _gradients(name: str, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None,
     for bit, place in enumerate(PLACES):
         if needs >> bit & 1:
             gradients[place] = found[bit]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        wanted = [place for place in PLACES if gradients[place] is not None]
+        sources = [tensor for tensor in (*saved, grad_output) if tensor.requires_grad]
+        plain = [gradient for place in wanted if (gradient := gradients[place]) is not None]
+        for place, gradient in zip(wanted, refusing_a_second_derivative("mix_embeddings", plain, sources), strict=True):
+            gradients[place] = gradient
     return tuple(gradients)
 
 
@@ -100,13 +106,18 @@ def _cuda_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def fused(inputs: MixInputs) -> Tensor:
     """The mixed embeddings [O, L, H] by the C++ kernels of the tables' device."""
-    output: Tensor = torch.ops.mixkd_fast.mix_embeddings(*inputs)[0]
-    return output
+    return _call(torch.ops.mixkd_fast.mix_embeddings, inputs)
 
 
 def fused_triton(inputs: MixInputs) -> Tensor:
     """The mixed embeddings [O, L, H] by the Triton kernels."""
-    output: Tensor = torch.ops.mixkd_fast.mix_embeddings_triton(*inputs)[0]
+    return _call(torch.ops.mixkd_fast.mix_embeddings_triton, inputs)
+
+
+def _call(op: Any, inputs: MixInputs) -> Tensor:
+    if not torch.compiler.is_compiling():
+        refuse_forward_mode("mix_embeddings", [getattr(inputs, name) for name in TABLES])
+    output: Tensor = op(*inputs)[0]
     return output
 
 

@@ -5,11 +5,12 @@ The kernels of csrc/ register themselves for CPU and CUDA when their library is 
 multiplies. Legend of shape suffixes: N rows, C classes, K kept classes of a top-k teacher.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("mixkd_fast", "FRAGMENT")
 
@@ -22,7 +23,6 @@ ARGUMENTS = (
 NUM_ARGUMENTS = ARGUMENTS.count(",") + 1
 RESULTS = "(Tensor loss, Tensor kd, Tensor ce, Tensor grad_logits)"
 OPS = ("kd_loss", "kd_loss_triton")
-NO_GRADIENTS = (None,) * (NUM_ARGUMENTS + 2)
 NONE = 2
 """`reduction`: 0 mean, 1 sum, 2 none."""
 
@@ -39,19 +39,20 @@ def _fake(student_logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
     return loss, kd, ce, gradient
 
 
-def _backward(grad_logits: Tensor, grad_output: Tensor, scale: float) -> Tensor:
-    """d / d student_logits: the gradient that the forward saved, times grad_output * scale.
+def _backward(grad_logits: Tensor, grad_output: Tensor) -> Tensor:
+    """d / d student_logits: the gradient that the forward saved, times grad_output.
 
-    Where that factor is 1 nothing is moved. The CPU reads it here; a GPU reads it in the kernel, which may work in
-    place if this backward does not keep the graph: then nobody else will ask for the saved gradient.
+    If this backward keeps the graph, the saved gradient may be asked for again: the caller gets a copy. Else it is
+    handed on itself: where grad_output is 1 nothing is moved. The CPU looks at it here, a GPU in the kernel.
     """
     is_plain = type(grad_output) is Tensor and not torch.compiler.is_compiling()
-    if is_plain and grad_output.device.type == "cpu" and grad_output.dim() == 0 and grad_output.item() * scale == 1:
-        return grad_logits
-    if is_plain and grad_output.device.type == "cuda" and not _graph_is_kept():
-        torch.ops.mixkd_fast.scale_gradient_(grad_logits, grad_output, scale)
-        return grad_logits
-    scaled: Tensor = torch.ops.mixkd_fast.scaled_gradient(grad_logits, grad_output, scale)
+    if is_plain and not _graph_is_kept():
+        if grad_output.device.type == "cpu" and grad_output.dim() == 0 and grad_output.item() == 1:
+            return grad_logits
+        if grad_output.device.type == "cuda":
+            torch.ops.mixkd_fast.scale_gradient_(grad_logits, grad_output)
+            return grad_logits
+    scaled: Tensor = torch.ops.mixkd_fast.scaled_gradient(grad_logits, grad_output)
     return scaled
 
 
@@ -61,22 +62,22 @@ def _graph_is_kept() -> bool:
     return keep is None or keep()
 
 
-def _scaled_gradient_eager(grad_logits: Tensor, grad_output: Tensor, scale: float) -> Tensor:
-    """grad_logits [N, C] * grad_output ([] or [N]) * scale in the dtype of grad_output, rounded once."""
-    factor = (grad_output if grad_output.dim() == 0 else grad_output.unsqueeze(-1)) * scale
+def _scaled_gradient_eager(grad_logits: Tensor, grad_output: Tensor) -> Tensor:
+    """grad_logits [N, C] * grad_output ([] or [N]) in the wider of both dtypes, rounded once."""
+    factor = grad_output if grad_output.dim() == 0 else grad_output.unsqueeze(-1)
     return (grad_logits.to(factor.dtype) * factor).to(grad_logits.dtype)
 
 
-def call_kernel(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def call_kernel(name: str, student_logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op's kernel for these tensors, past its registered autograd: two layers of Python less."""
     with torch._C._AutoDispatchBelowAutograd():
-        results: tuple[Tensor, Tensor, Tensor, Tensor] = OVERLOADS[name](*arguments)
+        results: tuple[Tensor, Tensor, Tensor, Tensor] = OVERLOADS[name](student_logits, *arguments)
     return results
 
 
-def _scale_gradient_eager(grad_logits: Tensor, grad_output: Tensor, scale: float) -> None:
+def _scale_gradient_eager(grad_logits: Tensor, grad_output: Tensor) -> None:
     """The same in place."""
-    grad_logits.copy_(_scaled_gradient_eager(grad_logits, grad_output, scale))
+    grad_logits.copy_(_scaled_gradient_eager(grad_logits, grad_output))
 
 
 class KDLossFunction(torch.autograd.Function):
@@ -87,13 +88,15 @@ class KDLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, name: str, scale: float, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, kd, ce) of the op `name`, whose losses and gradient are 1 / scale times too large."""
-        loss, kd, ce, grad_logits = call_kernel(name, arguments)
-        if scale != 1:
-            loss, kd, ce = loss * scale, kd * scale, ce * scale
-        ctx.save_for_backward(grad_logits)
-        ctx.scale = scale
+    def forward(
+        ctx: Any, student_logits: Tensor, arguments: tuple[Any, ...], name: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, kd, ce) of the op `name`.
+
+        `arguments` are the op's, behind student_logits: in a tuple, for autograd looks at each of its own.
+        """
+        loss, kd, ce, grad_logits = call_kernel(name, student_logits, arguments)
+        ctx.save_for_backward(grad_logits, loss)
         ctx.mark_non_differentiable(kd, ce)
         ctx.set_materialize_grads(False)
         return loss, kd, ce
@@ -102,29 +105,46 @@ class KDLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """The saved gradient times grad_output; there is no second derivative."""
         if grad_output is None:
-            return NO_GRADIENTS
-        gradient = _backward(ctx.saved_tensors[0], grad_output, ctx.scale)
+            return None, None, None
+        grad_logits, loss = ctx.saved_tensors
+        gradient = _backward(grad_logits, grad_output)
         if torch.is_grad_enabled():
-            gradient = _refusing_a_second_derivative(gradient)
-        return None, None, gradient, *NO_GRADIENTS[3:]
+            (gradient,) = refusing_a_second_derivative("kd_loss", [gradient], [loss, grad_output])
+        return gradient, None, None
 
 
-def _refusing_a_second_derivative(gradient: Tensor) -> Tensor:
-    """For create_graph=True: an error where the gradient is differentiated again; as a constant it would be wrong."""
-    refuse = torch._C._functions.DelayedError(b"kd_loss is differentiable once; backend='reference' knows no limit", 1)
-    refusing: Tensor = refuse(gradient.detach().requires_grad_())
-    return refusing
+def refusing_a_second_derivative(op: str, gradients: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
+    """For create_graph=True: gradients that raise where they are differentiated again; constants would be wrong.
+
+    Args: sources = what the gradients depend on, with its graph: whoever differentiates back to it must come by here.
+    """
+    message = f"{op} is differentiable once; backend='reference' knows no limit"
+    refuse = torch._C._functions.DelayedError(message.encode(), len(gradients) + len(sources))
+    refusing: tuple[Tensor, ...] = refuse(*(gradient.detach() for gradient in gradients), *sources)
+    return list(refusing[: len(gradients)])
+
+
+def refuse_forward_mode(op: str, tensors: Sequence[Tensor | None]) -> None:
+    """Raise for a tensor with a tangent (torch.func.jvp, forward_ad): the op would drop it without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{op} has no forward-mode derivative; backend='reference' has one")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, kd, ce, grad_logits = output
-    ctx.save_for_backward(grad_logits)
+    loss, kd, ce, grad_logits = output
+    ctx.save_for_backward(grad_logits, loss)
     ctx.mark_non_differentiable(kd, ce, grad_logits)
 
 
 def _registered_backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     # Always a new tensor: the saved one is an output, which belongs to the caller.
-    gradient = torch.ops.mixkd_fast.scaled_gradient(ctx.saved_tensors[0], grad_output, 1.0)
+    grad_logits, loss = ctx.saved_tensors
+    gradient = torch.ops.mixkd_fast.scaled_gradient(grad_logits, grad_output)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        (gradient,) = refusing_a_second_derivative("kd_loss", [gradient], [loss, grad_output])
     return gradient, *(None,) * (NUM_ARGUMENTS - 1)
 
 
@@ -142,12 +162,12 @@ for _name in OPS:
 LIBRARY.impl("kd_loss_triton", _triton, "CUDA")
 # On the CPU Triton's interpreter runs it, for tests.
 LIBRARY.impl("kd_loss_triton", _triton, "CPU")
-LIBRARY.define("scaled_gradient(Tensor grad_logits, Tensor grad_output, float scale) -> Tensor")
+LIBRARY.define("scaled_gradient(Tensor grad_logits, Tensor grad_output) -> Tensor")
 LIBRARY.impl("scaled_gradient", _scaled_gradient_eager, "CompositeExplicitAutograd")
-LIBRARY.define("scale_gradient_(Tensor(a!) grad_logits, Tensor grad_output, float scale) -> ()")
+LIBRARY.define("scale_gradient_(Tensor(a!) grad_logits, Tensor grad_output) -> ()")
 LIBRARY.impl("scale_gradient_", _scale_gradient_eager, "CompositeExplicitAutograd")
-torch.library.register_fake("mixkd_fast::scale_gradient_", lambda grad_logits, grad_output, scale: None, lib=LIBRARY)
+torch.library.register_fake("mixkd_fast::scale_gradient_", lambda grad_logits, grad_output: None, lib=LIBRARY)
 torch.library.register_fake(
-    "mixkd_fast::scaled_gradient", lambda grad_logits, grad_output, scale: torch.empty_like(grad_logits), lib=LIBRARY
+    "mixkd_fast::scaled_gradient", lambda grad_logits, grad_output: torch.empty_like(grad_logits), lib=LIBRARY
 )
 OVERLOADS = {_name: getattr(torch.ops.mixkd_fast, _name).default for _name in OPS}

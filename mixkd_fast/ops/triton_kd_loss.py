@@ -17,6 +17,7 @@ from mixkd_fast.ops import triton_kd_narrow as narrow
 from mixkd_fast.ops import triton_kd_top_k as top_k
 from mixkd_fast.ops import triton_kd_wide as wide
 from mixkd_fast.ops import triton_math as codes
+from mixkd_fast.ops.fused import divisor_of
 
 NAMES: tuple[DivergenceName, ...] = get_args(DivergenceName)
 NARROW_CLASSES = 512
@@ -135,7 +136,7 @@ def kd_loss(
         teacher_logits = teacher_indices = None
     divisor = None
     if reduction == 0:
-        divisor = _divisor(student_logits, labels, partner_labels, row_weights, normalizer, ignore_index)
+        divisor = divisor_of(student_logits, labels, partner_labels, row_weights, normalizer, ignore_index)
     rows = RowTensors(student_logits, teacher_logits, labels, partner_labels, lam, row_weights, divisor, ignore_index)
     gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format) if need_grad else None
     if teacher_indices is not None and teacher_logits is not None:
@@ -172,27 +173,6 @@ class RowTensors(NamedTuple):
         """The numbers of this call."""
         has_labels, same_width = self.labels is not None, self.num_shared() == self.student_logits.shape[1]
         return constants_of(options, self.teacher_logits is not None, has_labels, same_width)
-
-
-def _divisor(
-    student_logits: Tensor,
-    labels: Tensor | None,
-    partner_labels: Tensor | None,
-    row_weights: Tensor | None,
-    normalizer: Tensor | None,
-    ignore_index: int,
-) -> Tensor:
-    """[1]: the normalizer, or the weight of the rows that are not dropped; the kernels take 1 for 0."""
-    if normalizer is not None:
-        return normalizer.reshape(1)
-    counted = row_weights
-    for classes in (labels, partner_labels):
-        if classes is not None:
-            kept = classes != ignore_index
-            counted = kept.float() if counted is None else torch.where(kept, counted, 0.0)
-    if counted is None:
-        return torch.full((1,), float(student_logits.shape[0]), device=student_logits.device)
-    return counted.sum().reshape(1)
 
 
 def _narrow(rows: RowTensors, options: RowOptions, gradient: Tensor | None, by_row: bool) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,8 @@ LARGEST_WIDTH = 16384
 def mix_embeddings(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(output, mean, rstd), see `mixkd_fast.ops.mix_schema`; an index out of range makes its token NaN."""
     inputs = MixInputs(*arguments)
+    if inputs.weight.dtype == torch.float64:
+        raise ValueError("weight is torch.float64; allowed with backend 'triton': float32, bfloat16, float16")
     weight, (output_rows, length) = inputs.weight, output_size(inputs)
     num_tokens = output_rows * length
     output = weight.new_empty((output_rows, length, weight.shape[1]))
@@ -99,7 +101,7 @@ def _sizes(inputs: MixInputs) -> tuple[int, ...]:
 
 
 def _block(table: Tensor) -> dict[str, int]:
-    """A program holds a whole row: up to 16 numbers a thread."""
+    """A program holds a whole row: up to 32 numbers a thread."""
     width = table.shape[1]
     if width > LARGEST_WIDTH:
         raise ValueError(f"weight has width {width}; allowed: up to {LARGEST_WIDTH} with backend 'triton'")

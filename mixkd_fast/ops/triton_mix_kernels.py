@@ -52,25 +52,28 @@ def mixed_row(
     if padding_mask is not None:
         u = tl.where(tl.load(padding_mask + first_place) != 0, 0.0, u)
         v = tl.where(tl.load(padding_mask + second_place) != 0, 0.0, v)
+    # Of a row that is not in its table nothing is read: the table may be empty.
     first_word, inside = table_index(input_ids, first_place, num_words)
     second_word, also = table_index(input_ids, second_place, num_words)
     valid = valid & inside & also
-    x = table_row(weight, first_word, columns, is_column, u, width)
-    x += table_row(weight, second_word, columns, is_column, v, width)
+    x = table_row(weight, first_word, columns, is_column & inside, u, width)
+    x += table_row(weight, second_word, columns, is_column & also, v, width)
     if token_type_weight is not None:
         first_type, inside = table_index(token_type_ids, first_place, num_types)
         second_type, also = table_index(token_type_ids, second_place, num_types)
         valid = valid & inside & also
-        added = table_row(token_type_weight, first_type, columns, is_column, u, width)
-        added += table_row(token_type_weight, second_type, columns, is_column, v, width)
+        added = table_row(token_type_weight, first_type, columns, is_column & inside, u, width)
+        added += table_row(token_type_weight, second_type, columns, is_column & also, v, width)
         if position_weight is None:
             x += added
     if position_weight is not None:
         position = place
+        is_read = is_column
         if position_ids is not None:
             position, inside = table_index(position_ids, index, num_positions)
             valid = valid & inside
-        of_place = tl.load(position_weight + position * width + columns, mask=is_column, other=0.0).to(tl.float32)
+            is_read = is_column & inside
+        of_place = tl.load(position_weight + position * width + columns, mask=is_read, other=0.0).to(tl.float32)
         if token_type_weight is not None:
             of_place += added
         x += of_place
