@@ -84,13 +84,11 @@ MIXKD_INLINE T mixture_term(T a, T log_a, T log_m) {
   return a < SMALLEST<T> * T(100) ? T(0) : term;
 }
 
-// moved - power where moved = power e^step.
+// moved - power where moved = power e^step. The difference where it cancels little.
 template <typename T>
 MIXKD_INLINE T rise(T power, T moved, T step) {
-  const bool near = step < T(1) && step > T(-1);
-  const T close = power * expm1_near_zero(near ? step : T(0));
-  const T far = moved - power;
-  return near ? close : far;
+  const T close = power * expm1_near_zero(step), far = moved - power;
+  return (step < T(0) ? -step : step) < T(0.5) ? close : far;
 }
 
 // With s = a + b, for |a| >= |b| the value is 1/a [(q^s - p^s)/s - (p^a q^b - p^s)/b], two rises from p^s; else the
@@ -98,15 +96,17 @@ MIXKD_INLINE T rise(T power, T moved, T step) {
 // which case it is is a constant: a choice at run time would keep a loop over classes from being vectorised.
 template <bool exchange, typename T>
 MIXKD_INLINE ClassTerms<T> alpha_beta_inside(T log_p, T log_q, const DivergenceOptions<T>& options) {
-  const bool masked = log_p == -INFINITE<T> && log_q == -INFINITE<T>;
-  const T log_first = masked ? T(0) : (exchange ? log_q : log_p),
-          log_second = masked ? T(0) : (exchange ? log_p : log_q);
   const T large = exchange ? options.ab_beta : options.ab_alpha, small = exchange ? options.ab_alpha : options.ab_beta;
-  const T s = options.ab_alpha + options.ab_beta, gap = log_second - log_first;
-  const T power = exp_of_nonpositive(s * log_first);
+  const T s = options.ab_alpha + options.ab_beta;
+  // Here the power of s is 0: a gap from a masked class stays a number or -infinity, never NaN. The product of powers
+  // is at most e^-44 too large by it.
+  const T least = T(sizeof(T) == 4 ? -88 : -800) / s;
+  const T unbounded = exchange ? log_q : log_p, log_second = exchange ? log_p : log_q;
+  const T log_first = unbounded < least ? least : unbounded, gap = log_second - log_first;
+  const T power = exp_of_unclamped(s * log_first);
   const T second = rise(power, exp_of_nonpositive(s * log_second), s * gap);
   const T product = rise(power, exp_of_nonpositive(large * log_first + small * log_second), small * gap);
-  const T value = (second * (T(1) / s) - product * (T(1) / small)) * (T(1) / large);
+  const T value = second * (T(1) / (s * large)) - product * (T(1) / (small * large));
   return {value, exchange ? -product * (T(1) / small) : (second - product) * (T(1) / large)};
 }
 
@@ -151,15 +151,15 @@ MIXKD_INLINE ClassTerms<T> class_terms(T p, T q, T log_p, T log_q, const Diverge
     const T term = kl_term(q, log_q, log_p);
     return {term, term};
   } else if constexpr (divergence == Divergence::JSD) {
-    const T log_m = log_of(mixture(options.beta, p, T(1) - options.beta, q));
+    const T log_m = log_of_probability(mixture(options.beta, p, T(1) - options.beta, q));
     const T student = (T(1) - options.beta) * mixture_term(q, log_q, log_m);
     return {options.beta * mixture_term(p, log_p, log_m) + student, student};
   } else if constexpr (divergence == Divergence::SKEW_FORWARD_KL) {
     const T m = mixture(options.alpha, p, T(1) - options.alpha, q);
-    return {mixture_term(p, log_p, log_of(m)), -p * quotient((T(1) - options.alpha) * q, m)};
+    return {mixture_term(p, log_p, log_of_probability(m)), -p * quotient((T(1) - options.alpha) * q, m)};
   } else if constexpr (divergence == Divergence::SKEW_REVERSE_KL) {
     const T m = mixture(T(1) - options.alpha, p, options.alpha, q);
-    const T term = mixture_term(q, log_q, log_of(m));
+    const T term = mixture_term(q, log_q, log_of_probability(m));
     // As a factor and not as a choice of terms: a loop over classes stays vectorised.
     const T attached = options.detach_mixture ? T(0) : options.alpha;
     return {term, term - q * quotient(attached * q, m)};

@@ -71,10 +71,15 @@ double mean_scale(const KdJob& job, bool compute_double, int64_t num_rows, const
   return divisor == 0 ? 1.0 : 1.0 / divisor;
 }
 
-// [rows] or [] of the compute type, from doubles.
-Tensor stored(const Tensor& like, ScalarType compute, const std::vector<int64_t>& shape, const double* values) {
-  Tensor tensor = torch::stable::new_empty(like, shape, compute);
-  const int64_t count = shape.empty() ? 1 : shape[0];
+// [count], or [] for a scalar, of the compute type, from doubles. Past the dispatcher: three of these took a third of
+// the time of a call of few rows.
+Tensor stored(ScalarType compute, bool is_scalar, int64_t count, const double* values) {
+  const int64_t stride = 1;
+  const int32_t dtype = compute == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(is_scalar ? 0 : 1, &count, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
   void* const out = tensor.mutable_data_ptr();
   if (compute == ScalarType::Double) {
     std::copy(values, values + count, static_cast<double*>(out));
@@ -164,9 +169,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(
   }
   sums[0] = sums[1] + sums[2];
   const bool by_row = reduction == 2;
-  const std::vector<int64_t> shape = by_row ? std::vector<int64_t>{num_rows} : std::vector<int64_t>{};
   const auto result = [&](const double* rows, const double* sum) {
-    return stored(student_logits, compute, shape, by_row ? rows : sum);
+    return stored(compute, !by_row, by_row ? num_rows : 1, by_row ? rows : sum);
   };
   return {result(losses.data(), sums), result(job.kd, sums + 1), result(job.ce, sums + 2), gradient};
 }

@@ -85,11 +85,16 @@ def check_tensors(inputs: LossInputs, options: RowOptions) -> None:
         _check_rows("lam", lam, rows, FLOATING)
     if row_weights is not None:
         _check_rows("row_weights", row_weights, rows, FLOATING)
-    given: list[tuple[str, object]] = [("labels", labels), ("partner_labels", partner_labels), ("lam", lam)]
-    given += [("row_weights", row_weights), ("teacher_logits", teacher)]
+    device = student_logits.device
     if isinstance(teacher, TopK):
-        given += [("teacher_logits.indices", teacher.indices), ("teacher_logits.logprobs", teacher.logprobs)]
-    check_devices(student_logits.device, given, "student_logits")
+        parts = {"teacher_logits.indices": teacher.indices, "teacher_logits.logprobs": teacher.logprobs}
+        check_devices(device, parts.items(), "student_logits")
+        teacher = None
+    for tensor in (teacher, labels, partner_labels, lam, row_weights):
+        if isinstance(tensor, Tensor) and tensor.device != device:
+            names = ("teacher_logits", "labels", "partner_labels", "lam", "row_weights")
+            tensors = (teacher, labels, partner_labels, lam, row_weights)
+            check_devices(device, zip(names, tensors, strict=True), "student_logits")
 
 
 def check_devices(device: torch.device, tensors: Iterable[tuple[str, object]], of: str) -> None:

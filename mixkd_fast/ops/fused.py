@@ -48,7 +48,7 @@ def _call(
         indices = indices.reshape(-1, indices.shape[-1]).long().contiguous()
         teacher_logits = logprobs.detach().to(compute).reshape(indices.shape).contiguous()
     elif teacher is not None:
-        teacher_logits = _matrix(teacher.detach())
+        teacher_logits = _matrix(teacher.detach() if teacher.requires_grad else teacher)
         if teacher.dtype == torch.float64:
             compute = torch.float64
     else:
@@ -94,7 +94,9 @@ def _call(
         if compiling:
             loss, kd, ce, _ = OVERLOADS[name](flat, *arguments)
         elif need_grad:
-            loss, kd, ce = KDLossFunction.apply(flat, arguments, name)
+            parts: list[Tensor] = []
+            loss = KDLossFunction.apply(flat, arguments, name, parts)
+            kd, ce = parts
         else:
             loss, kd, ce, _ = call_kernel(name, flat, arguments)
     except RuntimeError as error:
@@ -117,7 +119,8 @@ def _rows(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """[...] as contiguous [N] of `dtype`."""
     if values is None:
         return None
-    values = values.detach()
+    if values.requires_grad:
+        values = values.detach()
     if values.dtype != dtype:
         values = values.to(dtype)
     if values.dim() != 1:

@@ -88,29 +88,25 @@ class KDLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, student_logits: Tensor, arguments: tuple[Any, ...], name: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, kd, ce) of the op `name`.
+    def forward(ctx: Any, student_logits: Tensor, arguments: tuple[Any, ...], name: str, parts: list[Tensor]) -> Tensor:
+        """The loss of the op `name`; kd and ce are appended to `parts`.
 
-        `arguments` are the op's, behind student_logits: in a tuple, for autograd looks at each of its own.
+        `arguments` are the op's, behind student_logits: in a tuple, for autograd looks at each of its own; as it does
+        at each result.
         """
         loss, kd, ce, grad_logits = call_kernel(name, student_logits, arguments)
         ctx.save_for_backward(grad_logits, loss)
-        ctx.mark_non_differentiable(kd, ce)
-        ctx.set_materialize_grads(False)
-        return loss, kd, ce
+        parts += (kd, ce)
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The saved gradient times grad_output; there is no second derivative."""
-        if grad_output is None:
-            return None, None, None
         grad_logits, loss = ctx.saved_tensors
         gradient = _backward(grad_logits, grad_output)
         if torch.is_grad_enabled():
             (gradient,) = refusing_a_second_derivative("kd_loss", [gradient], [loss, grad_output])
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 def refusing_a_second_derivative(op: str, gradients: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
