@@ -84,28 +84,33 @@ MIXKD_INLINE T mixture_term(T a, T log_a, T log_m) {
   return a < SMALLEST<T> * T(100) ? T(0) : term;
 }
 
-// moved - power where moved = power e^step. The difference where it cancels little.
+// moved - power where moved = power 2^step. The difference where it cancels little.
 template <typename T>
 MIXKD_INLINE T rise(T power, T moved, T step) {
-  const T close = power * expm1_near_zero(step), far = moved - power;
-  return (step < T(0) ? -step : step) < T(0.5) ? close : far;
+  const T close = power * exp2_minus_1_near_zero(step), far = moved - power;
+  return (step < T(0) ? -step : step) < T(0.72) ? close : far;
 }
+
+constexpr double LOG2_OF_E = 1.4426950408889634;
 
 // With s = a + b, for |a| >= |b| the value is 1/a [(q^s - p^s)/s - (p^a q^b - p^s)/b], two rises from p^s; else the
 // same with both sides exchanged. v = (q^s - p^a q^b) / a comes from the same rises. Here a and b are above 0, and
-// which case it is is a constant: a choice at run time would keep a loop over classes from being vectorised.
+// which case it is is a constant: a choice at run time would keep a loop over classes from being vectorised. Powers are
+// taken to the base 2.
 template <bool exchange, typename T>
 MIXKD_INLINE ClassTerms<T> alpha_beta_inside(T log_p, T log_q, const DivergenceOptions<T>& options) {
   const T large = exchange ? options.ab_beta : options.ab_alpha, small = exchange ? options.ab_alpha : options.ab_beta;
   const T s = options.ab_alpha + options.ab_beta;
+  const T whole_exponent = s * T(LOG2_OF_E), small_exponent = small * T(LOG2_OF_E);
   // Here the power of s is 0: a gap from a masked class stays a number or -infinity, never NaN. The product of powers
-  // is at most e^-44 too large by it.
-  const T least = T(sizeof(T) == 4 ? -88 : -800) / s;
+  // is at most 2^-63 too large by it.
+  const T least = T(sizeof(T) == 4 ? -127 : -1200) / whole_exponent;
   const T unbounded = exchange ? log_q : log_p, log_second = exchange ? log_p : log_q;
   const T log_first = unbounded < least ? least : unbounded, gap = log_second - log_first;
-  const T power = exp_of_unclamped(s * log_first);
-  const T second = rise(power, exp_of_nonpositive(s * log_second), s * gap);
-  const T product = rise(power, exp_of_nonpositive(large * log_first + small * log_second), small * gap);
+  const T log_power = whole_exponent * log_first, to_second = whole_exponent * gap, to_product = small_exponent * gap;
+  const T power = exp2_of_nonpositive(log_power);
+  const T second = rise(power, exp2_of_nonpositive(log_power + to_second), to_second);
+  const T product = rise(power, exp2_of_nonpositive(log_power + to_product), to_product);
   const T value = second * (T(1) / (s * large)) - product * (T(1) / (small * large));
   return {value, exchange ? -product * (T(1) / small) : (second - product) * (T(1) / large)};
 }
@@ -114,7 +119,7 @@ MIXKD_INLINE ClassTerms<T> alpha_beta_inside(T log_p, T log_q, const DivergenceO
 template <typename T>
 MIXKD_INLINE T slope(T power, T log_moved, T x, T gap) {
   if (x == T(0)) return power == T(0) ? T(0) : power * gap;
-  return rise(power, exp_of(log_moved), x * gap) / x;
+  return rise(power, exp_of(log_moved), x * gap * T(LOG2_OF_E)) / x;
 }
 
 // x y, 0 for x = 0 even where y is infinite.

@@ -66,17 +66,9 @@ MIXKD_INLINE float exp_of(float x) {
 #endif
 }
 
-// e^x for x in [-88.02, 0]; see exp_of_nonpositive.
-MIXKD_INLINE float exp_of_unclamped(float x) {
-#if defined(__CUDA_ARCH__)
-  return __expf(x);
-#else
-  // 1.5 * 2^23 + 127: the low bits hold the nearest integer of x / ln 2 as a biased exponent, the others leave by the
-  // shift.
-  const float shifted = x * 1.44269504f + 12583039.0f;
-  // x / ln 2 without its nearest integer, one rounding where products and sums are fused.
-  const float r = x * 1.44269504f - (shifted - 12583039.0f);
-  // 2^r on [-1/2, 1/2], 1 at 0: relative error 9.2e-8.
+// 2^(n + r) for r in [-1/2, 1/2], exact for 0, else with relative error 9.2e-8; shifted = n + 1.5 * 2^23 + 127: its low
+// bits hold n as a biased exponent, the others leave by the shift. n = -127 gives 0.
+MIXKD_INLINE float exp2_of_parts(float shifted, float r) {
   float series = 1.32647273e-3f;
   series = series * r + 9.67151299e-3f;
   series = series * r + 5.55073358e-2f;
@@ -84,7 +76,6 @@ MIXKD_INLINE float exp_of_unclamped(float x) {
   series = series * r + 6.93147004e-1f;
   series = series * r + 1.0f;
   return series * float_of_bits(static_cast<int32_t>(static_cast<uint32_t>(bits_of_float(shifted)) << 23));
-#endif
 }
 
 // e^x for x <= 0, the argument of every softmax, in fewer steps than exp_of: 1 for 0 exactly, within 3 ulp above -20
@@ -93,8 +84,21 @@ MIXKD_INLINE float exp_of_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
   return __expf(x);
 #else
-  // From here on the power of two is 0.
-  return exp_of_unclamped(x < -88.02f ? -88.02f : x);
+  const float inside = x < -88.02f ? -88.02f : x;
+  const float shifted = inside * 1.44269504f + 12583039.0f;
+  // x / ln 2 without its nearest integer, one rounding where products and sums are fused.
+  return exp2_of_parts(shifted, inside * 1.44269504f - (shifted - 12583039.0f));
+#endif
+}
+
+// 2^x for x <= 0: additions instead of products where those are what a loop waits for. 0 from -127 on.
+MIXKD_INLINE float exp2_of_nonpositive(float x) {
+#if defined(__CUDA_ARCH__)
+  return exp2f(x);
+#else
+  const float inside = x < -127.0f ? -127.0f : x;
+  const float shifted = inside + 12583039.0f;
+  return exp2_of_parts(shifted, inside - (shifted - 12583039.0f));
 #endif
 }
 
@@ -150,14 +154,15 @@ MIXKD_INLINE float log_of_probability(float x) {
 }
 MIXKD_INLINE double log_of_probability(double x) { return ::log(x); }
 
-// e^x - 1 for |x| <= 1/2, without cancellation near 0: relative error 1.9e-7.
-MIXKD_INLINE float expm1_near_zero(float x) {
-  float series = 1.38757483e-3f;
-  series = series * x + 8.4023932e-3f;
-  series = series * x + 4.16689701e-2f;
-  series = series * x + 1.66661352e-1f;
-  series = series * x + 4.99999821e-1f;
-  return (series * x) * x + x;
+// 2^x - 1 for |x| <= 0.72, without cancellation near 0: relative error 2.1e-7.
+MIXKD_INLINE float exp2_minus_1_near_zero(float x) {
+  float series = 1.54034467e-4f;
+  series = series * x + 1.34537264e-3f;
+  series = series * x + 9.61860828e-3f;
+  series = series * x + 5.55017553e-2f;
+  series = series * x + 2.40226418e-1f;
+  series = series * x + 6.93147242e-1f;
+  return series * x;
 }
 
 // a / b for normal b, within 2 ulp.
@@ -173,8 +178,8 @@ MIXKD_INLINE double quotient(double a, double b) { return a / b; }
 MIXKD_INLINE double exp_of(double x) { return ::exp(x); }
 MIXKD_INLINE double log_of(double x) { return ::log(x); }
 MIXKD_INLINE double exp_of_nonpositive(double x) { return ::exp(x); }
-MIXKD_INLINE double exp_of_unclamped(double x) { return ::exp(x); }
-MIXKD_INLINE double expm1_near_zero(double x) { return ::expm1(x); }
+MIXKD_INLINE double exp2_of_nonpositive(double x) { return ::exp2(x); }
+MIXKD_INLINE double exp2_minus_1_near_zero(double x) { return ::expm1(x * 0.6931471805599453); }
 
 // IEEE half precision <-> float by integer arithmetic, which vectorises; round to nearest even.
 MIXKD_INLINE float float_of_half(uint16_t half) {

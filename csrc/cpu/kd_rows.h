@@ -230,16 +230,22 @@ struct LogNormalizer {
   MIXKD_INLINE T log_p(T t) const { return (t - t_max) * inverse - t_log; }
 };
 
+// A block of bf16 logits read as floats where they are used, instead of converted first.
+struct BFloat16Block {
+  const uint16_t* data;
+  MIXKD_INLINE float operator[](int i) const { return float_of_bfloat16(data[i]); }
+};
+
 // Middle reading: the sums of D's values and of v; v itself takes the place of the teacher's exponentials.
-template <Divergence divergence, typename T>
-void sum_terms(const KdJob& job, const Row<T>& student, const Row<T>& teacher, RowState<T>& state,
-               const Kept<T>& kept) {
+template <Divergence divergence, typename T, typename StudentBlock, typename TeacherBlock>
+void sum_terms_of(const KdJob& job, StudentBlock student, TeacherBlock teacher, RowState<T>& state,
+                  const Kept<T>& kept) {
   const DivergenceOptions<T> options = state.options;
   const LogNormalizer<T> normalizer(state);
   for (int64_t start = 0; start < job.num_shared; start += BLOCK) {
     const int n = static_cast<int>(std::min<int64_t>(BLOCK, job.num_shared - start));
-    const T* s = student.block(start, n);
-    const T* t = teacher.block(start, n);
+    const auto s = student(start, n);
+    const auto t = teacher(start, n);
     const T q_scale = kept.student_scales[start / BLOCK], p_scale = kept.teacher_scales[start / BLOCK];
     const T* __restrict e = kept.student + start;
     T* __restrict f = kept.teacher + start;
@@ -255,6 +261,31 @@ void sum_terms(const KdJob& job, const Row<T>& student, const Row<T>& teacher, R
     state.value += value;
     state.v += v;
   }
+}
+
+template <typename T>
+struct ConvertedBlocks {
+  const Row<T>& row;
+  const T* operator()(int64_t start, int n) const { return row.block(start, n); }
+};
+
+template <typename T>
+struct BFloat16Blocks {
+  const Row<T>& row;
+  BFloat16Block operator()(int64_t start, int) const { return {static_cast<const uint16_t*>(row.data) + start}; }
+};
+
+template <Divergence divergence, typename T>
+void sum_terms(const KdJob& job, const Row<T>& student, const Row<T>& teacher, RowState<T>& state,
+               const Kept<T>& kept) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (student.dtype == Dtype::BF16 && teacher.dtype == Dtype::BF16) {
+      using Blocks = BFloat16Blocks<T>;
+      return sum_terms_of<divergence>(job, Blocks{student}, Blocks{teacher}, state, kept);
+    }
+  }
+  using Blocks = ConvertedBlocks<T>;
+  sum_terms_of<divergence>(job, Blocks{student}, Blocks{teacher}, state, kept);
 }
 
 // What a row's gradient is made of: kd (v - q sum v) + ce (softmax - labels).
