@@ -84,11 +84,18 @@ MIXKD_INLINE T mixture_term(T a, T log_a, T log_m) {
   return a < SMALLEST<T> * T(100) ? T(0) : term;
 }
 
-// moved - power where moved = power 2^step. The difference where it cancels little.
+// moved - power where moved = power 2^step, the difference where it cancels little.
 template <typename T>
 MIXKD_INLINE T rise(T power, T moved, T step) {
   const T close = power * exp2_minus_1_near_zero(step), far = moved - power;
   return (step < T(0) ? -step : step) < T(0.72) ? close : far;
+}
+
+// The same for moved = power e^step.
+template <typename T>
+MIXKD_INLINE T natural_rise(T power, T moved, T step) {
+  const T close = power * expm1_near_zero(step), far = moved - power;
+  return (step < T(0) ? -step : step) < T(0.5) ? close : far;
 }
 
 constexpr double LOG2_OF_E = 1.4426950408889634;
@@ -119,7 +126,7 @@ MIXKD_INLINE ClassTerms<T> alpha_beta_inside(T log_p, T log_q, const DivergenceO
 template <typename T>
 MIXKD_INLINE T slope(T power, T log_moved, T x, T gap) {
   if (x == T(0)) return power == T(0) ? T(0) : power * gap;
-  return rise(power, exp_of(log_moved), x * gap * T(LOG2_OF_E)) / x;
+  return natural_rise(power, exp_of(log_moved), x * gap) / x;
 }
 
 // x y, 0 for x = 0 even where y is infinite.
