@@ -28,8 +28,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = ["# Fused ops: time, traffic, memory, error", "", f"Command: `{report['command']}`", ""]
     on_cpu = device["type"] == "cpu"
     caches = (
-        "A call shorter than 2 ms is repeated within a sample and finds its tensors in the cache. Tensors above 32 MiB "
-        "are new to the process in every call, as they are for glibc's allocator."
+        "A call shorter than 2 ms is repeated within a sample and finds its tensors in the cache. A longer one is "
+        "made twice, and the second time counts. Tensors above 4 MiB are new to the process in every call."
         if on_cpu
         else "The L2 cache is overwritten before every call."
     )

@@ -32,7 +32,7 @@ SAME_FUNCTION = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-LARGEST_KEPT_BYTES = 32 * 2**20
+LARGEST_KEPT_BYTES = 4 * 2**20
 
 
 class WrongResult(RuntimeError):
@@ -75,10 +75,10 @@ class Timing:
 
 
 def fix_what_glibc_keeps() -> None:
-    """CPU memory behaves alike in every case: tensors above 32 MiB are new to the process, smaller ones may be reused.
+    """CPU memory behaves alike in every case: a tensor above 4 MiB is new to the process in every call.
 
-    These are the limits that glibc reaches by itself once a program has freed a large tensor; left alone it gets there
-    in the middle of a run, and now and then keeps twice as much, by which a `clone()` of 64 MB takes 18 ms or 3.
+    By itself glibc does so above 32 MiB, unless the tensors of earlier cases left a hole: then a `clone()` of 64 MB
+    takes a sixth of the time.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -104,6 +104,10 @@ def interleave(calls: Mapping[str, Callable[[], object]], device: torch.device, 
                 samples[name].append(start.elapsed_time(end))
         else:
             for name in order:
+                if repeats[name] == 1:
+                    # Once unseen, as in a loop of steps: memory that a virtual machine has not used for two seconds may
+                    # have gone back to its host, at ten times the price.
+                    calls[name]()
                 samples[name].append(_wall_ms(calls[name], repeats[name]))
         done += 1
     return {name: _summary(values, repeats[name]) for name, values in samples.items()}
