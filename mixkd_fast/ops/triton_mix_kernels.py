@@ -68,12 +68,12 @@ def mixed_row(
             x += added
     if position_weight is not None:
         position = place
-        is_read = is_column
+        whole = 1.0
         if position_ids is not None:
             position, inside = table_index(position_ids, index, num_positions)
             valid = valid & inside
-            is_read = is_column & inside
-        of_place = tl.load(position_weight + position * width + columns, mask=is_read, other=0.0).to(tl.float32)
+            whole = tl.where(inside, 1.0, 0.0)
+        of_place = table_row(position_weight, position, columns, is_column, whole, width)
         if token_type_weight is not None:
             of_place += added
         x += of_place

@@ -129,6 +129,7 @@ def compile_variants() -> int:
         (mix.join_runs_kernel, 4, {"ENTRIES": 64, "BLOCK": 16}),
         (mix.norm_backward_kernel, 16, {"norm_weight": None, "position_weight": None, "BLOCK": 16384}),
         (mix.forward_kernel, 1, {"USE_NORM": True, "norm_weight": None, "norm_bias": None, "BLOCK": 16}),
+        (mix.forward_kernel, 4, {"USE_NORM": True, "position_ids": None, "BLOCK": 1024}),
         (mix.forward_kernel, 1, {"USE_NORM": False, "position_weight": None, "position_ids": None, "BLOCK": 16}),
         (wide.adaptive_shares_kernel, 8, {"labels": None, "partner_labels": None, "TILE": 4096}),
         (
