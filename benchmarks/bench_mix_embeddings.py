@@ -13,7 +13,7 @@ from benchmarks.timing import Arm, Budget, measure
 from mixkd_fast.mix import mix_embeddings
 from mixkd_fast.ops import backends
 
-TESTS = ("test_*mix_embeddings*.py",)
+TESTS = ("test_*mix_embeddings*.py", "test_mix_edges.py")
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Relative L2 error of the output and of each gradient."""
 
