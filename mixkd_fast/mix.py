@@ -159,7 +159,8 @@ def _check_tables(
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     """None stands for any size."""
-    if tensor.dim() != len(shape) or any(size not in (None, have) for size, have in zip(shape, tensor.shape)):  # noqa: B905
+    fits = tensor.dim() == len(shape)
+    if not fits or any(size not in (None, have) for size, have in zip(shape, tensor.shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: [{wanted}]")
 

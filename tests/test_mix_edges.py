@@ -10,7 +10,7 @@ from test_mix_embeddings import make_batch
 from torch import Tensor, nn
 
 from mixkd_fast.mix import mix_embeddings, mixed_attention_mask
-from mixkd_fast.ops import MixInputs, backends, mix_schema  # noqa: F401
+from mixkd_fast.ops import MixInputs, backends
 
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
@@ -87,6 +87,7 @@ def test_a_mask_of_mixed_rows_that_do_not_go_round() -> None:
 
 def op_arguments(arguments: dict[str, Any]) -> list[Any]:
     """Of the op itself, detached."""
+    backends.load("mix_embeddings", "triton")  # registers the ops
     norm = arguments.pop("layer_norm", None)
     norms = (None, None, 1e-5, False) if norm is None else (norm.weight, norm.bias, norm.eps, True)
     names = MixInputs._fields[: MixInputs._fields.index("norm_weight")]

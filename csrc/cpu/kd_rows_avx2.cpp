@@ -11,6 +11,7 @@
 namespace mixkd {
 namespace avx2 {
 // clang-format off: each needs the one before it.
+#include "kd_blocks.h"
 #include "kd_rows.h"
 #include "kd_wide.h"
 #include "kd_medium.h"
