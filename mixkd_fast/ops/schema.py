@@ -83,8 +83,8 @@ def _scale_gradient_eager(grad_logits: Tensor, grad_output: Tensor) -> None:
 class KDLossFunction(torch.autograd.Function):
     """The op with its gradient, for callers in Python: half the overhead of the op's own registration.
 
-    The gradient that it saves is an intermediate and not an output, so that the saved tensor itself can be handed on: autograd makes it a
-    leaf's `.grad` only once the graph has let go of it.
+    The gradient that it saves is an intermediate and not an output, so that the saved tensor itself can be handed on:
+    autograd makes it a leaf's `.grad` only once the graph has let go of it.
     """
 
     @staticmethod
