@@ -1,4 +1,4 @@
-"""The mixing face of a sequence-classification model: one forward on rows, one on mixed rows.
+"""The mixing face of a sequence-classification model: a forward of the rows, of mixed rows, or of both at once.
 
 Works on any encoder whose word embeddings can be replaced by `inputs_embeds`; imports torch only.
 Legend of shape suffixes: R rows of the batch, B clean rows, M mixed rows, L positions, E embedding width.
@@ -7,14 +7,17 @@ Legend of shape suffixes: R rows of the batch, B clean rows, M mixed rows, L pos
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from mixkd_fast.encoder_parts import parts_of
+from mixkd_fast.encoder_tables import is_plain_table, table_of
 from mixkd_fast.errors import ModelError
+from mixkd_fast.fused_encoder import FusedEncoder, Logits
 from mixkd_fast.mix import first_rows, interpolate, mix_embeddings, mixed_attention_mask, positions_of
 from mixkd_fast.mixing import Mixing
 
@@ -23,11 +26,12 @@ if TYPE_CHECKING:
 
 
 class Encoder(nn.Module):
-    """A transformers sequence-classification model behind two calls, `clean` and `mixed`.
+    """A transformers sequence-classification model behind three calls, `clean`, `mixed` and `both`.
 
     The wrapped model is `.model`; nothing of it is changed or patched. Embedding tables that are plain and whole are
     mixed by the fused op; others are used by calling their modules, so that parameters partitioned by ZeRO-3 are
-    gathered by its hooks.
+    gathered by its hooks. After `fuse` the logits of a BERT-like model are computed by `FusedEncoder` where that is
+    possible: no hooks, no partitioned parameters, no further outputs asked for.
     Raises: ModelError if the model's forward takes no `inputs_embeds`, or its word embeddings cannot be found.
     """
 
@@ -51,6 +55,15 @@ class Encoder(nn.Module):
         # A table of one row adds the same vector everywhere: the ids the tokenizer gives are not for this model.
         self._takes_types = "token_type_ids" in parameters and (types is None or types.num_embeddings > 1)
         self._takes_positions = "position_ids" in parameters
+        self.fused: FusedEncoder | None = None
+
+    def fuse(self) -> str:
+        """Compute logits by `FusedEncoder` from now on. Returns why that is not possible for this model, or ""."""
+        parts = parts_of(self.model)
+        if isinstance(parts, str):
+            return parts
+        self.fused = FusedEncoder(self.model, parts)
+        return ""
 
     @property
     def config(self) -> Any:
@@ -63,6 +76,8 @@ class Encoder(nn.Module):
         Args: kwargs reach the model (output_hidden_states, output_attentions, …).
         Returns: the model's ModelOutput; logits [B, C].
         """
+        if self._fusing(None, kwargs):
+            return self._run_fused(batch, None, True)
         rows = slice(0, batch.num_rows)
         types = self._token_types(batch)
         return self.model(
@@ -85,59 +100,90 @@ class Encoder(nn.Module):
         Returns: the model's ModelOutput; logits [M, C].
         Raises: ModelError if this model cannot mix as `mixing` says.
         """
-        assert batch.partner is not None and batch.lam is not None, "the batch carries no partners and no lam"
-        mask = mixed_attention_mask(batch.attention_mask, batch.partner, batch.lam, batch.num_rows)
-        if mixing.position == "after_layer_norm":
-            return self._mixed_after_layer_norm(batch, mixing, mask, kwargs)
-        return self._mixed_before_layer_norm(batch, mixing, mask, kwargs)
+        return self._mixed(batch, mixing, False, kwargs)
 
-    def _mixed_before_layer_norm(self, batch: Batch, mixing: Mixing, mask_ML: Tensor, kwargs: dict[str, Any]) -> Any:
+    def both(self, batch: Batch, mixing: Mixing, **kwargs: Any) -> tuple[Any, Any]:
+        """What `clean` and `mixed` give, from one forward over B + M rows; dropout draws once for all of them.
+
+        Returns: the ModelOutputs of the B clean and of the M mixed rows.
+        """
+        output, num_rows = self._mixed(batch, mixing, True, kwargs), batch.num_rows
+        return select_rows(output, slice(0, num_rows)), select_rows(output, slice(num_rows, None))
+
+    def _mixed(self, batch: Batch, mixing: Mixing, include_clean: bool, kwargs: dict[str, Any]) -> Any:
+        """One forward of the mixed rows, the clean ones before them with include_clean."""
+        assert batch.partner is not None and batch.lam is not None, "the batch carries no partners and no lam"
+        if self._fusing(mixing, kwargs):
+            return self._run_fused(batch, mixing, include_clean)
+        mask = mixed_attention_mask(batch.attention_mask, batch.partner, batch.lam, batch.num_rows)
+        if include_clean:
+            mask = torch.cat([batch.attention_mask[: batch.num_rows], mask])
+        if mixing.position == "after_layer_norm":
+            return self._mixed_after_layer_norm(batch, mixing, mask, include_clean, kwargs)
+        return self._mixed_before_layer_norm(batch, mixing, mask, include_clean, kwargs)
+
+    def _fusing(self, mixing: Mixing | None, kwargs: dict[str, Any]) -> bool:
+        if self.fused is None or kwargs or (mixing is not None and mixing.position != "before_layer_norm"):
+            return False
+        return not self.fused.why_not_now()
+
+    def _run_fused(self, batch: Batch, mixing: Mixing | None, include_clean: bool) -> Any:
+        assert self.fused is not None
+        return self.fused(batch, mixing, include_clean, self._token_types(batch))
+
+    def _mixed_before_layer_norm(
+        self, batch: Batch, mixing: Mixing, mask_OL: Tensor, include_clean: bool, kwargs: dict[str, Any]
+    ) -> Any:
         assert batch.partner is not None and batch.lam is not None
-        inputs: dict[str, Tensor] = {"attention_mask": mask_ML}
+        inputs: dict[str, Tensor] = {"attention_mask": mask_OL}
         types = self._token_types(batch)
         if types is not None:
-            inputs["token_type_ids"] = self._own(types, batch)
+            inputs["token_type_ids"] = self._own(types, batch, include_clean)
         type_table = self._type_table(types) if mixing.padding == "zero" or types is not None else None
         if type_table is not None and types is None:
             types = torch.zeros_like(batch.input_ids)
-        if all(_is_plain_table(table) for table in (self._words, type_table) if table is not None):
-            inputs_embeds = self._mixed_by_the_op(batch, mixing, types, type_table)
+        if all(is_plain_table(table) for table in (self._words, type_table) if table is not None):
+            inputs_embeds = self._mixed_by_the_op(batch, mixing, types, type_table, include_clean)
         else:
-            inputs_embeds = self._mixed_by_modules(batch, mixing, types, type_table)
+            inputs_embeds = self._mixed_by_modules(batch, mixing, types, type_table, include_clean)
         if self._counts_positions:
             # The model's own rule for ids, on the mixed rows: in the usual case their attention mask.
             padding_idx = self._container.padding_idx
             present = batch.input_ids.ne(padding_idx).to(torch.int64)
-            present_ML = mixed_attention_mask(present, batch.partner, batch.lam, batch.num_rows)
-            inputs["position_ids"] = positions_of(present_ML, padding_idx)
+            present_OL = mixed_attention_mask(present, batch.partner, batch.lam, batch.num_rows)
+            if include_clean:
+                present_OL = torch.cat([present[: batch.num_rows], present_OL])
+            inputs["position_ids"] = positions_of(present_OL, padding_idx)
         return self.model(inputs_embeds=inputs_embeds, **inputs, **kwargs)
 
     def _mixed_by_the_op(
-        self, batch: Batch, mixing: Mixing, types: Tensor | None, type_table: nn.Module | None
+        self, batch: Batch, mixing: Mixing, types: Tensor | None, type_table: nn.Module | None, include_clean: bool
     ) -> Tensor:
         """lam * W_i + (1 - lam) * W_j + (lam * Y_i + (1 - lam) * Y_j - Y_i), to which the model adds Y_i."""
         assert batch.partner is not None and batch.lam is not None
-        weight = None if type_table is None else _table(type_table)
+        weight = None if type_table is None else table_of(type_table)
         return mix_embeddings(
             batch.input_ids,
-            _table(self._words),
+            table_of(self._words),
             batch.partner,
             batch.lam,
             padding_mask=batch.attention_mask == 0 if mixing.padding == "zero" else None,
             # -Y_i in the place of positions, which the model adds itself.
             position_weight=None if weight is None else -weight,
-            position_ids=None if weight is None or types is None else self._own(types, batch),
+            position_ids=None if weight is None or types is None else self._own(types, batch, include_clean),
             token_type_ids=types if weight is not None else None,
             token_type_weight=weight,
+            include_clean=include_clean,
             num_rows=batch.num_rows,
         )
 
     def _mixed_by_modules(
-        self, batch: Batch, mixing: Mixing, types: Tensor | None, type_table: nn.Module | None
+        self, batch: Batch, mixing: Mixing, types: Tensor | None, type_table: nn.Module | None, include_clean: bool
     ) -> Tensor:
         """The same by calls of the tables' modules: for partitioned ones, and for what is no plain table."""
         assert batch.partner is not None and batch.lam is not None
-        first, second = self._pair(self._words(batch.input_ids), batch)
+        words = self._words(batch.input_ids)
+        first, second = self._pair(words, batch)
         padded = torch.zeros_like(first)
         if type_table is not None:
             own_types, partner_types = self._pair(type_table(types), batch)
@@ -148,18 +194,21 @@ class Encoder(nn.Module):
         if mixing.padding == "zero":
             own_keep, partner_keep = self._pair(batch.attention_mask.bool()[..., None], batch)
             first, second = torch.where(own_keep, first, padded), torch.where(partner_keep, second, padded)
-        return interpolate(first, second, batch.lam)
+        mixed = interpolate(first, second, batch.lam)
+        return torch.cat([words[: batch.num_rows], mixed]) if include_clean else mixed
 
-    def _mixed_after_layer_norm(self, batch: Batch, mixing: Mixing, mask_ML: Tensor, kwargs: dict[str, Any]) -> Any:
+    def _mixed_after_layer_norm(
+        self, batch: Batch, mixing: Mixing, mask_OL: Tensor, include_clean: bool, kwargs: dict[str, Any]
+    ) -> Any:
         assert batch.partner is not None
-        first = {"input_ids": self._own(batch.input_ids, batch)}
+        first = {"input_ids": self._own(batch.input_ids, batch, include_clean)}
         second = {"input_ids": batch.input_ids[batch.partner]}
         types = self._token_types(batch)
         if types is not None:
-            first["token_type_ids"] = self._own(types, batch)
+            first["token_type_ids"] = self._own(types, batch, include_clean)
             second["token_type_ids"] = types[batch.partner]
         with self._embedding_output_mixed(batch, mixing, first["input_ids"], second):
-            return self.model(**first, attention_mask=mask_ML, **kwargs)
+            return self.model(**first, attention_mask=mask_OL, **kwargs)
 
     @contextmanager
     def _embedding_output_mixed(
@@ -176,14 +225,20 @@ class Encoder(nn.Module):
             if not _same_memory(bound.arguments.get("input_ids"), own_ids):
                 return None
             calls += 1
+            # Clean rows, if there are any, come first; attention masks among the arguments end with the mixed rows'.
+            num_clean = own_ids.shape[0] - partner_inputs["input_ids"].shape[0]
+            for name, value in bound.arguments.items():
+                if num_clean and isinstance(value, Tensor) and value.shape[:1] == own_ids.shape[:1]:
+                    bound.arguments[name] = value[num_clean:]
             bound.arguments.update({k: v for k, v in partner_inputs.items() if k in signature.parameters})
             # `forward` and not the call: the partner's pass must not come back to this hook.
-            pair = (output, module.forward(*bound.args, **bound.kwargs))
+            pair = (output[num_clean:], module.forward(*bound.args, **bound.kwargs))
             if mixing.padding == "zero":
                 keep = self._pair(batch.attention_mask, batch)
                 pair = (pair[0] * keep[0][..., None], pair[1] * keep[1][..., None])
             assert batch.lam is not None
-            return interpolate(*pair, batch.lam)
+            mixed = interpolate(*pair, batch.lam)
+            return torch.cat([output[:num_clean], mixed]) if num_clean else mixed
 
         handle = module.register_forward_hook(mix_with_partner, with_kwargs=True)
         try:
@@ -206,9 +261,11 @@ class Encoder(nn.Module):
             )
         return container
 
-    def _own(self, rows_R: Tensor, batch: Batch) -> Tensor:
+    def _own(self, rows_R: Tensor, batch: Batch, include_clean: bool = False) -> Tensor:
+        """The first row of each pair, the clean rows before them with include_clean."""
         assert batch.partner is not None
-        return first_rows(rows_R, batch.partner.shape[0], batch.num_rows)
+        own = first_rows(rows_R, batch.partner.shape[0], batch.num_rows)
+        return torch.cat([rows_R[: batch.num_rows], own]) if include_clean else own
 
     def _pair(self, rows_R: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return self._own(rows_R, batch), rows_R[batch.partner]
@@ -246,41 +303,19 @@ class Encoder(nn.Module):
         return type(self.model).__name__
 
 
+def select_rows(output: Any, rows: slice) -> Any:
+    """Some rows of everything a model gives: of a ModelOutput, of tuples of tensors, of tensors."""
+    if isinstance(output, Tensor):
+        return output[rows]
+    if isinstance(output, Logits):
+        return Logits(output.logits[rows])
+    if isinstance(output, tuple | list):
+        return type(output)(select_rows(part, rows) for part in output)
+    if isinstance(output, Mapping):
+        return type(output)(**{name: select_rows(part, rows) for name, part in output.items()})
+    return output
+
+
 def _same_memory(tensor: Tensor | None, other: Tensor) -> bool:
     # Not `is`: the hooks of ZeRO-3 hand views of its arguments to a module.
     return tensor is not None and tensor.shape == other.shape and tensor.data_ptr() == other.data_ptr()
-
-
-def _is_plain_table(module: nn.Module) -> bool:
-    """Whether a module does no more than read rows of a table that lies here whole.
-
-    Hooks may change what it gives; under ZeRO-3 they gather the table, which is otherwise one rank's part or empty.
-    """
-    if type(module) is not nn.Embedding or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-    return plain and not hasattr(module.weight, "ds_id")
-
-
-def _table(module: nn.Module) -> Tensor:
-    """The table of a plain module, whose padding row receives no gradient."""
-    assert isinstance(module, nn.Embedding)
-    if module.padding_idx is None or not (module.weight.requires_grad and torch.is_grad_enabled()):
-        return module.weight
-    frozen: Tensor = _WithoutGradientOfRow.apply(module.weight, module.padding_idx)
-    return frozen
-
-
-class _WithoutGradientOfRow(torch.autograd.Function):
-    """A table as it is; in backward one of its rows gets gradient 0, as nn.Embedding does it for its padding row."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, row: int) -> Tensor:
-        ctx.row = row
-        return table.view_as(table)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # In place: it was made for this one use of the table, and a copy would be as large as the table.
-        gradient[ctx.row] = 0
-        return gradient, None

@@ -22,6 +22,8 @@ LAYERS = [
     {"pretrained", "student_layers"},
     {"model_checks"},
     {"checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
+    {"fused_encoder"},
+    {"encoder_parts", "encoder_tables"},
     {"build_locks", "configuration", "distributed"},
     {"config_errors", "strict_json"},
     {"methods"},
