@@ -1,4 +1,4 @@
-"""The installed command: mixkd-fast train | evaluate | compare | report | config."""
+"""The installed command: mixkd-fast train | evaluate | compare | report | plan | config."""
 
 import sys
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ _COMMANDS = {
     "evaluate": ("mixkd_fast.cli_evaluate", "score a saved model on a task"),
     "compare": ("mixkd_fast.compare", "put finished runs beside each other in a table"),
     "report": ("mixkd_fast.report", "write a run's report.html again"),
+    "plan": ("mixkd_fast.cli_plan", "predict memory and speed before anything runs"),
     "config": ("mixkd_fast.cli_config", "show, check or describe configurations"),
 }
 

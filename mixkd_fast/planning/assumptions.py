@@ -1,0 +1,41 @@
+"""What a plan takes for granted, in sentences."""
+
+from mixkd_fast.configuration import Config
+from mixkd_fast.planning import hardware
+from mixkd_fast.planning.plan import Plan
+
+_GIB = 2**30
+
+
+def assumptions(plan: Plan, config: Config) -> list[str]:
+    """Everything that is assumed and not computed, as sentences."""
+    any_work = next(count.work for device in plan.devices for count in device.counts if count.work is not None)
+    planned = getattr(config.training, "batching", "random") == "length"
+    texts = [
+        f"Padding: micro-batches of {any_work.micro_batch_size} {'rows of like length' if planned else 'random rows'} "
+        f"have {any_work.lengths.padding_overhead:.0%} more positions than tokens (sampled); memory is that of the "
+        f"widest, {any_work.widest} positions.",
+        "Memory is the larger of two moments, the backward and the update; DeepSpeed's bucket of reduce_bucket_size "
+        "elements is allocated whole on a GPU and only as far as it is written on the CPU.",
+    ]
+    if plan.teacher is not None and any_work.teacher_clean_share not in (0.0, 1.0):
+        texts.append(
+            "The teacher's answers on clean rows are computed in the first epoch and then read: "
+            f"{any_work.teacher_clean_share:.2f} of its forwards on average."
+        )
+    if any(device.is_gpu for device in plan.devices):
+        texts += [
+            f"GPUs: data-sheet peaks (fp32 without TF32), {hardware.MATMUL_EFFICIENCY:.0%} of them in matrix products, "
+            f"{hardware.ATTENTION_EFFICIENCY:.0%} in attention, {hardware.BANDWIDTH_EFFICIENCY:.0%} of the bandwidth "
+            f"elsewhere, at least {hardware.LAUNCH_S * 1e6:.0f} us a kernel. These shares have not been measured.",
+            f"Exchange: rings, {hardware.DEVICES_PER_NODE} GPUs a node over NVLink in one direction, "
+            f"{hardware.NETWORK_BYTES_PER_S / 1e9:.0f} GB/s per GPU between nodes, "
+            f"{hardware.COLLECTIVE_S * 1e6:.0f} us times log2(ranks) a call; nothing overlaps with computing. "
+            "Offloading's transfers are not counted.",
+            f"A GPU can use {hardware.USABLE_SHARE:.0%} of what {hardware.RESERVED_BYTES / _GIB:.1f} GiB of CUDA and "
+            "NCCL leave.",
+        ]
+    if any(not device.is_gpu for device in plan.devices):
+        texts.append("CPU: one rank with this process's threads; rates measured just now on the models' own shapes.")
+    texts.append("Hours are those of the training steps, without evaluation, checkpoints and loading.")
+    return texts

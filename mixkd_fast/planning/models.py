@@ -1,0 +1,160 @@
+"""Teacher and student of a plan: their shapes and parameter counts, from configurations alone (no weights)."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixkd_fast.configuration import Config, Student
+from mixkd_fast.data.tasks import resolve
+from mixkd_fast.errors import ConfigurationError, MixKDError, ModelError
+from mixkd_fast.model_checks import vocabulary_size
+from mixkd_fast.models import count_parameters, teacher_source
+from mixkd_fast.planning.flops import EncoderShape
+from mixkd_fast.pretrained import ModelSource, load_tokenizer, new_config, new_model
+from mixkd_fast.student_layers import chosen_layers, num_layers, select_in_config
+
+_DROPOUTS = ("hidden_dropout_prob", "dropout", "embedding_dropout", "mlp_dropout")
+_ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
+_EXPLICIT_ATTENTION = ("deberta", "deberta-v2")
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What a plan needs to know of one model."""
+
+    family: str
+    """transformers' model_type."""
+    shape: EncoderShape
+    num_parameters: int
+    num_linear_parameters: int
+    """Parameters of linear layers, of which autocast keeps a copy in the lower precision."""
+    largest_layer: int
+    """Parameters of the largest part that ZeRO-3 gathers at once."""
+    has_dropout: bool
+    has_attention_dropout: bool
+    explicit_attention: bool
+    """Whether attention scores are kept as tensors, not inside a fused kernel."""
+
+    def describe(self) -> str:
+        """A line for people."""
+        shape = self.shape
+        return (
+            f"{self.family}, {shape.num_layers} layers x {shape.hidden_size}, feed-forward {shape.intermediate_size}, "
+            f"{self.num_parameters:,} parameters"
+        )
+
+
+def planned_teacher(config: Config) -> PlannedModel | None:
+    """The teacher of a run, or None. Raises: ModelError if its configuration cannot be read."""
+    if config.teacher is None:
+        return None
+    source = teacher_source(config.teacher)
+    return planned_model(source.config, source.skeleton(), config.teacher.attention)
+
+
+def planned_student(config: Config) -> PlannedModel:
+    """The student of a run, its layers chosen as the configuration says. Raises: ModelError."""
+    section = config.student
+    if section.config is not None:
+        fields = dict(section.config)
+        model_type = fields.pop("model_type")
+        fields.setdefault("vocab_size", None)
+        if fields["vocab_size"] is None:
+            fields["vocab_size"] = _tokenizer_rows(config)
+        described = new_config(model_type, fields)
+        described.num_labels = _num_labels(config) or described.num_labels
+        _set_dropout(described, section)
+        with torch.device("meta"):
+            model = new_model(described, section.attention, section.trust_remote_code)
+        return planned_model(described, model, section.attention)
+    source = _student_source(config)
+    described = copy.deepcopy(source.config)
+    select_in_config(described, chosen_layers(num_layers(described), section.num_layers, section.layers))
+    described.num_labels = _num_labels(config) or described.num_labels
+    _set_dropout(described, section)
+    return planned_model(described, source.structure(described), section.attention)
+
+
+def _student_source(config: Config) -> ModelSource:
+    section, teacher = config.student, config.teacher
+    if section.model is None:
+        assert teacher is not None, "Config refuses a student without model, config and teacher"
+        return teacher_source(teacher)
+    return ModelSource(
+        section.model,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        attention=section.attention,
+        field="student.model",
+    )
+
+
+def planned_model(config: Any, model: nn.Module, attention: str | None = None) -> PlannedModel:
+    """What a plan needs to know of a model. Args: config = its transformers configuration; model may be on meta."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return PlannedModel(
+        family=config.model_type,
+        shape=EncoderShape.of(config),
+        num_parameters=count_parameters(model),
+        num_linear_parameters=sum(parameter.numel() for module in linear for parameter in module.parameters()),
+        largest_layer=_largest_layer(model),
+        has_dropout=_any_dropout(config, _DROPOUTS),
+        has_attention_dropout=_any_dropout(config, _ATTENTION_DROPOUTS),
+        explicit_attention=attention == "eager" or config.model_type in _EXPLICIT_ATTENTION,
+    )
+
+
+def _largest_layer(model: nn.Module) -> int:
+    """As teacher.largest_layer_numel, whose module imports DeepSpeed."""
+    layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+    sizes = [count_parameters(layer) for layer in layers]
+    sizes += [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
+    return max(sizes)
+
+
+def _any_dropout(config: Any, names: tuple[str, ...]) -> bool:
+    return any(isinstance(value := getattr(config, name, 0), float) and value > 0 for name in names)
+
+
+def _set_dropout(config: Any, section: Student) -> None:
+    if section.dropout is None:
+        return
+    for name in (*_DROPOUTS, *_ATTENTION_DROPOUTS):
+        if hasattr(config, name):
+            setattr(config, name, float(section.dropout))
+
+
+def _num_labels(config: Config) -> int | None:
+    """The task's number of outputs, as far as it is known without its data; else the teacher's."""
+    spec = resolve(config.task)
+    if spec.kind == "regression" or spec.label_names is not None:
+        return spec.num_labels
+    return int(teacher_source(config.teacher).config.num_labels) if config.teacher is not None else None
+
+
+def _tokenizer_rows(config: Config) -> int:
+    """Rows of the word table of a student that is described without vocab_size."""
+    try:
+        tokenizer = plan_tokenizer(config)
+    except MixKDError as error:
+        raise ModelError(f"student.config has no vocab_size, and no tokenizer to count: {error}") from error
+    return vocabulary_size(tokenizer)
+
+
+def plan_tokenizer(config: Config) -> Any:
+    """The tokenizer of the run. Raises: ConfigurationError or ModelError if there is none here."""
+    section, teacher = config.student, config.teacher
+    if section.tokenizer is not None:
+        return load_tokenizer(section.tokenizer, None, section.trust_remote_code, "student.tokenizer")
+    if section.model is not None:
+        return load_tokenizer(section.model, section.revision, section.trust_remote_code, "student.model")
+    if teacher is not None:
+        return load_tokenizer(teacher.model, teacher.revision, teacher.trust_remote_code, "teacher.model")
+    if config.task.name == "demo":
+        from mixkd_fast.data.demo import train_demo_tokenizer
+
+        return train_demo_tokenizer()
+    raise ConfigurationError("student.tokenizer is missing: neither student.model nor a teacher brings a tokenizer")
