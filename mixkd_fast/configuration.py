@@ -113,6 +113,12 @@ class Teacher(Section):
     """ZeRO-3 only: parameters rest in CPU memory or on NVMe."""
     precision: Precision | None = None
     """null takes training.precision."""
+    store: bool = True
+    """Keep the logits of clean training rows on disk and read them, where a run of several epochs needs them."""
+    store_dir: str | None = None
+    """Folder of the kept logits; null means teacher_logits in task.cache_dir or its default."""
+    store_mib: PositiveInt = 4096
+    """Limit of that folder; a training set whose logits need more is not kept."""
     attention: str | None = None
     """Attention implementation of transformers (sdpa, eager, flash_attention_2); null lets it choose."""
     trust_remote_code: bool = False
@@ -170,6 +176,12 @@ class Training(Section):
     """Rows per optimizer step over all ranks and accumulated micro-batches."""
     micro_batch_size: PositiveInt | None = None
     """Rows per rank per forward; null takes batch_size / ranks. batch_size must be a multiple of it times the ranks."""
+    batching: Literal["random", "length"] = "random"
+    """Batches of rows drawn at random, or of rows that are equally long (far less padding; seeded, new every epoch)."""
+    window: PositiveInt = 8192
+    """Batching "length": rows that are sorted by length together; larger pads less and is less random."""
+    tokens_per_micro_batch: PositiveInt | None = None
+    """Batching "length": limit of rows x padded width of one forward per rank, beside micro_batch_size."""
     evaluation_batch_size: PositiveInt = 64
     """Rows per rank per forward in evaluation."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
@@ -190,6 +202,12 @@ class Training(Section):
     """Gradients are clipped to this global norm; 0 turns clipping off."""
     precision: Precision = "fp32"
     """Arithmetic of the student (and of the teacher, unless it says otherwise)."""
+    fused_encoder: bool = True
+    """Compute BERT-like models by a forward that leaves out what the classifier does not see; others are unaffected."""
+    compile: Literal["off", "dynamic", "shapes"] = "off"
+    """torch.compile of the fused layers: once for all shapes, or once per padded width with CUDA graphs on a GPU."""
+    prefetch: Annotated[int, Field(ge=0, le=64)] = 2
+    """Steps whose batches are made ahead in the background."""
     gradient_checkpointing: bool = False
     """Recompute the student's activations in the backward pass to save memory."""
     seed: int = 0
@@ -214,6 +232,8 @@ class Training(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Training":
         _only_one(self, "epochs", "steps")
+        if self.tokens_per_micro_batch is not None and self.batching != "length":
+            raise ValueError(f'tokens_per_micro_batch needs batching "length", and batching is "{self.batching}"')
         return self
 
 

@@ -17,24 +17,30 @@ def print_summary(title: str, facts: dict[str, str]) -> None:
 class Progress:
     """The bar: loss and its parts, the last metric, samples/s, tokens/s, time left."""
 
-    def __init__(self, total_steps: int, first_step: int, enabled: bool) -> None:
+    def __init__(self, total_steps: int, first_step: int, enabled: bool, unit: str = "step") -> None:
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
             disable=not enabled or distributed.rank() != 0,
             file=sys.stderr,
             dynamic_ncols=True,
-            unit="step",
+            unit=unit,
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
         )
         self._metric = ""
 
-    def step(self, loss: float, terms: dict[str, float], samples_per_s: float, tokens_per_s: float) -> None:
-        """Advance by one optimizer step."""
+    def step(
+        self, loss: float, terms: dict[str, float], samples_per_s: float, tokens_per_s: float, num_steps: int = 1
+    ) -> None:
+        """Advance by the optimizer steps since the last call; loss and terms are those of the last one."""
         parts = " ".join(f"{name} {value:.3f}" for name, value in terms.items()) if len(terms) > 1 else ""
         speed = f"{samples_per_s:.0f} samples/s {tokens_per_s:.0f} tokens/s"
         shown = [f"loss {loss:.4f}" + (f" ({parts})" if parts else ""), self._metric, speed]
         self._bar.set_postfix_str(", ".join(part for part in shown if part), refresh=False)
+        self._bar.update(num_steps)
+
+    def advance(self) -> None:
+        """One more, with nothing to say."""
         self._bar.update(1)
 
     def evaluated(self, step: int, split: str, metrics: dict[str, float]) -> None:

@@ -45,6 +45,11 @@ def student_deepspeed_config(config: Config, arithmetic: BatchArithmetic) -> dic
     return result
 
 
+def autocasts(training: Training, result: dict[str, Any]) -> bool:
+    """Whether the student runs in bf16 by autocast over fp32 weights, which DeepSpeed sees as an fp32 model."""
+    return training.precision == "bf16" and not result.get("bf16", {}).get("enabled", False)
+
+
 def teacher_zero3_config(
     teacher: Teacher, largest_layer_numel: int, micro_batch_size: int, precision: Precision
 ) -> dict[str, Any]:
@@ -88,6 +93,9 @@ def _set_precision(result: dict[str, Any], training: Training) -> None:
         given = result.get(name, {}).get("enabled", "auto")
         if given not in ("auto", wanted):
             raise _contradiction(f"{name}.enabled", given, "training.precision", training.precision)
+        if name == "bf16" and wanted and given == "auto" and result.get("zero_optimization", {}).get("stage", 0) == 0:
+            # Autocast does it: DeepSpeed's wrapper without ZeRO would double the weights and slow every step.
+            wanted = False
         if wanted or name in result:
             result[name] = {**result.get(name, {}), "enabled": wanted}
     amp = result.get("amp", {}).get("enabled", False)

@@ -51,6 +51,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def maximum_over_ranks(values: Tensor) -> Tensor:
+    """The largest value of every element over all ranks; takes and gives CPU tensors."""
+    if world_size() == 1:
+        return values
+    there = values.to("cuda") if dist.get_backend() == "nccl" else values
+    dist.all_reduce(there, op=dist.ReduceOp.MAX)
+    return there.cpu()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:

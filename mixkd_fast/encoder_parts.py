@@ -82,10 +82,11 @@ def _is_plain(module: nn.Module) -> bool:
 
 def why_not_now(model: nn.Module, parts: EncoderParts) -> str:
     """What keeps the parts from being read at this moment, or "": hooks that must see calls, partitioned parameters."""
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return "a forward hook is registered inside it"
-    if getattr(model, "is_gradient_checkpointing", False):
-        return "gradient checkpointing is on"
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "a forward hook is registered inside it"
+        if getattr(module, "gradient_checkpointing", False):
+            return "gradient checkpointing is on"
     for module in parts.modules():
         if any(hasattr(parameter, "ds_id") for parameter in module._parameters.values()):
             return "its parameters are partitioned"

@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ from mixkd_fast import distributed
 from mixkd_fast.build_locks import without_dead_locks
 from mixkd_fast.configuration import Training
 from mixkd_fast.data.batching import Batch
-from mixkd_fast.errors import CheckpointError, ConfigurationError, NonFiniteError
+from mixkd_fast.deepspeed_config import autocasts
+from mixkd_fast.errors import CheckpointError, ConfigurationError
 from mixkd_fast.methods import Method, Moment
 from mixkd_fast.models import Encoder
+from mixkd_fast.step_records import StepRecord, StepRecords, StepReport
 
 _TAG = "engine"
 _TIMEOUT = timedelta(minutes=30)
@@ -52,7 +53,13 @@ def start_distributed(device: torch.device) -> None:
 
 
 class DistillationModule(nn.Module):
-    """Student, the method's own modules, and the loss: one forward per micro-batch, as ZeRO-3's hooks want it."""
+    """Student, the method's own modules, and the loss: one forward per micro-batch, as ZeRO-3's hooks want it.
+
+    autocast: compute in bf16 what is safe, with fp32 weights; for bf16 without ZeRO, where DeepSpeed's own wrapper
+    keeps two copies of the weights and gathers their gradients parameter by parameter.
+    """
+
+    autocast = False
 
     def __init__(self, student: Encoder, teacher: Any | None, extras: nn.Module | None, method: Method) -> None:
         super().__init__()
@@ -63,21 +70,14 @@ class DistillationModule(nn.Module):
 
     def forward(self, batch: Batch, moment: Moment | None) -> tuple[Tensor, list[str]]:
         """Loss terms stacked [terms, B] fp32 and their names; without a moment the logits [B, C] of an evaluation."""
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
+            return self._forward(batch, moment)
+
+    def _forward(self, batch: Batch, moment: Moment | None) -> tuple[Tensor, list[str]]:
         if moment is None:
             return self.student.clean(batch).logits.float(), []
         terms = self.method.terms(batch, self.student, self._frozen[0], self.extras, moment)
         return torch.stack([term.float() for term in terms.values()]), list(terms)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step, over all ranks."""
-
-    loss: float
-    terms: dict[str, float]
-    grad_norm: float | None
-    skipped: bool
-    num_tokens: int
 
 
 class Engine:
@@ -94,85 +94,87 @@ class Engine:
         """Args: source_rows = row number in the user's data of every training row, for messages."""
         self.training = training
         self.device = device
-        self._source_rows = source_rows
         self._module = module
+        config = dict(deepspeed_config)
+        module.autocast = autocasts(training, config)
+        self._records = StepRecords(source_rows, training.non_finite == "stop", training.precision == "fp16")
         groups = _parameter_groups(module, training.weight_decay)
+        zero_stage = config.get("zero_optimization", {}).get("stage", 0)
+        self._is_plain = zero_stage == 0 and training.precision != "fp16" and "optimizer" not in config
+        self._is_plain &= not config.get("bf16", {}).get("enabled", False)
+        if self._is_plain:
+            config["gradient_clipping"] = 0.0  # `_apply` clips on the device, together with the guard
         try:
             with without_dead_locks():
-                optimizer = None if "optimizer" in deepspeed_config else _adamw(module, training, deepspeed_config)
+                optimizer = None if "optimizer" in config else _adamw(module, training, config)
                 self._engine, *_ = deepspeed.initialize(
-                    model=module,
-                    optimizer=optimizer,
-                    model_parameters=None if optimizer else groups,
-                    config=deepspeed_config,
+                    model=module, optimizer=optimizer, model_parameters=None if optimizer else groups, config=config
                 )
         except (ValidationError, DeepSpeedConfigError) as error:
             raise ConfigurationError(f"deepspeed: DeepSpeed refuses the section: {error}") from error
         # DeepSpeed's own scheduler, if its section has one, drives the learning rate; else training.schedule does.
-        groups = [] if "scheduler" in deepspeed_config else self._engine.optimizer.param_groups
+        groups = [] if "scheduler" in config else self._engine.optimizer.param_groups
         self._shares = [group["lr"] / training.learning_rate for group in groups]
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._guards_itself = self._engine.optimizer is not self._engine.basic_optimizer
         self.monitor = self._engine.monitor
 
-    def step(self, batches: Sequence[Batch], moment: Moment, learning_rate: float, batch_size: int) -> StepResult:
-        """Accumulate the micro-batches of this rank and update the weights once.
+    def step(self, batches: Sequence[Batch], moment: Moment, learning_rate: float, batch_size: int) -> None:
+        """Accumulate the micro-batches of this rank and update the weights once; `report` says how it went.
 
         The loss is the sum of all terms over all rows of all ranks, divided by `batch_size` rows; DeepSpeed divides
-        by accumulation steps and ranks, which the scale below undoes.
-        Raises: NonFiniteError when a term or gradient is not finite and training.non_finite is "stop"; the weights
-        are then those of the step before.
+        by accumulation steps and ranks, which the scale below undoes. A step with a term or gradient that is not
+        finite leaves the weights as they are.
         """
         # Looked up anew each time: loading a checkpoint replaces the groups.
         for group, share in zip(self._engine.optimizer.param_groups, self._shares, strict=False):
             group["lr"] = share * learning_rate
         self._engine.train()
         scale = distributed.world_size() * len(batches) / batch_size
-        sums: Tensor | None = None
-        names: list[str] = []
-        complaints: list[str] = []
+        record = StepRecord(moment.step, batch_size)
         for batch in batches:
-            terms, names = self._engine(batch, moment)
+            terms, record.names = self._engine(batch, moment)
             rows = terms.detach()
-            if not bool(torch.isfinite(rows).all()):
-                complaints += self._describe_rows(rows, names, batch)
-                terms = terms * float("nan")  # every gradient turns NaN, so that no rank applies this step
-            self._engine.backward(terms.sum() * scale)
+            record.terms.append(rows)
+            record.row_ids.append(batch.row_ids[: batch.num_rows])
+            # NaN in every gradient of a row that is not finite, so that no rank applies this step; nobody waits here.
+            poison = torch.where(torch.isfinite(rows).all(), scale, math.nan)
+            self._engine.backward((terms * poison).sum())
             if batch is not batches[-1]:
                 self._engine.step()
-            sums = rows.sum(1, dtype=torch.float64) if sums is None else sums + rows.sum(1, dtype=torch.float64)
-        assert sums is not None
-        tokens = sum(batch.num_tokens for batch in batches)
-        totals = torch.cat([sums, sums.new_tensor([tokens, len(complaints)])])
-        *term_totals, num_tokens, num_bad = distributed.sum_over_ranks(totals).tolist()
-        bad_rows = num_bad > 0
-        if bad_rows and self.training.non_finite == "stop":
-            everyone = [text for texts in distributed.gather_objects(complaints) for text in texts]
-            raise NonFiniteError(_non_finite_message(moment.step, everyone))
-        grad_norm, applied = self._update()
-        if not applied and not bad_rows and self.training.non_finite == "stop" and self.training.precision != "fp16":
-            ids = torch.cat([batch.row_ids[: batch.num_rows] for batch in batches])
-            everyone = [f"a gradient; rows {self._row_numbers(ids)} of rank {distributed.rank()}"]
-            everyone = [text for texts in distributed.gather_objects(everyone) for text in texts]
-            raise NonFiniteError(_non_finite_message(moment.step, everyone))
-        terms_mean = {name: total / batch_size for name, total in zip(names, term_totals, strict=True)}
-        if applied:
+        record.grad_norm, record.applied = self._update()
+        self._records.add(record)
+        if not self._guards_itself or bool(record.applied):
             self._module.method.after_step(self._module.student, self._module.extras, moment)
-        return StepResult(sum(terms_mean.values()), terms_mean, grad_norm, not applied, int(num_tokens))
 
-    def _update(self) -> tuple[float | None, bool]:
+    def report(self) -> StepReport:
+        """What happened in the steps since the last report. Collective; waits for the device.
+
+        Raises: NonFiniteError when a term or gradient was not finite and training.non_finite is "stop"; the step that
+        it was in was not applied.
+        """
+        return self._records.report()
+
+    def _update(self) -> tuple[Tensor | None, Tensor]:
         """Clip and apply. Returns the gradient norm and whether the update was applied (finite gradients)."""
         if self._guards_itself:
             self._engine.step()
             norm = self._engine.get_global_grad_norm()
-            return (None if norm is None else float(norm)), bool(self._engine.was_step_applied())
+            return None if norm is None else torch.as_tensor(norm), torch.tensor(bool(self._engine.was_step_applied()))
         gradients = [p.grad for p in self._module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        applied = math.isfinite(norm)
-        if applied:
+        norm = torch.nn.utils.get_total_norm(gradients)
+        applied = torch.isfinite(norm)
+        if self._is_plain:
+            optimizer, limit = self._engine.optimizer, self.training.max_grad_norm
+            # The fused AdamW divides by grad_scale and leaves everything as it is where found_inf is 1: clipping costs
+            # no pass, the guard no wait.
+            optimizer.found_inf = (~applied).float()
+            optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0) if limit else None
+            self._engine.step()
+        elif bool(applied):
             self._engine.step()
         else:
-            # Plain fp32 without ZeRO has no guard of its own: drop the gradients and count the micro-batch as done.
+            # An optimizer of DeepSpeed in plain fp32 has no guard: drop the gradients, count the micro-batch as done.
             self._engine.zero_grad()
             self._engine.micro_steps += 1
         return norm, applied
@@ -198,20 +200,6 @@ class Engine:
         persistent = model.state_dict().keys()
         state.update({name: b.detach().cpu().clone() for name, b in model.named_buffers() if name in persistent})
         return state
-
-    def _describe_rows(self, rows: Tensor, names: list[str], batch: Batch) -> list[str]:
-        """Which term of which rows is not finite, as text. rows: [terms, B]."""
-        complaints = []
-        for name, values in zip(names, rows, strict=True):
-            bad = ~torch.isfinite(values)
-            if bool(bad.any()):
-                numbers = self._row_numbers(batch.row_ids[: batch.num_rows][bad])
-                complaints.append(f"loss term {name!r} = {values[bad][0].item()}; rows {numbers}")
-        return complaints
-
-    def _row_numbers(self, row_ids: Tensor) -> str:
-        numbers = self._source_rows[row_ids.cpu().numpy()].tolist()
-        return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
 
     def save(self, folder: Path) -> None:
         """Write everything that training needs to go on, on every rank."""
@@ -252,11 +240,3 @@ def _adamw(module: nn.Module, training: Training, config: dict[str, Any]) -> tor
         offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=rate, betas=betas, eps=epsilon, adamw_mode=True)
         return offloaded
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)
-
-
-def _non_finite_message(step: int, everyone: list[str]) -> str:
-    return (
-        f"step {step + 1}: not finite: {'; '.join(everyone)} (row numbers of the training data, from 0). "
-        "The last checkpoint is intact. Lower training.learning_rate, look at these rows, or set training.non_finite "
-        'to "skip".'
-    )

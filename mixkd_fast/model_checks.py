@@ -148,6 +148,7 @@ def check_mixing(encoder: Encoder) -> None:
         partner=torch.tensor([1, 0]),
         lam=torch.ones(2),
         num_rows=2,
+        num_tokens=len(tokens) + 3,
     )
     kind, was_training = type(encoder.model).__name__, encoder.training
     encoder.eval()

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from mixkd_fast import distributed
-from mixkd_fast.configuration import BatchArithmetic, Config, batch_arithmetic
+from mixkd_fast.configuration import BatchArithmetic, Config, Training, batch_arithmetic
 from mixkd_fast.console import human_count, print_summary
 from mixkd_fast.data.batching import Padding
 from mixkd_fast.data.loading import load_splits
@@ -20,6 +20,7 @@ from mixkd_fast.deepspeed_config import student_deepspeed_config
 from mixkd_fast.engine import Engine
 from mixkd_fast.errors import ConfigurationError, MixKDError, ModelError
 from mixkd_fast.facts import device_name, used_backends
+from mixkd_fast.frozen_teacher import FrozenTeacher
 from mixkd_fast.models import (
     Encoder,
     check_max_length,
@@ -34,14 +35,13 @@ from mixkd_fast.models import (
     teacher_source,
 )
 from mixkd_fast.teacher import (
-    ShardedTeacher,
     largest_layer_numel,
     load_sharded_teacher,
     require_memory_for_layer,
     shard_loaded_teacher,
 )
+from mixkd_fast.teacher_store import store_key, store_key_of_files
 
-AnyTeacher = Encoder | ShardedTeacher
 T = TypeVar("T")
 
 
@@ -66,7 +66,7 @@ class Prepared:
     train: TokenRows
     evaluation: dict[str, TokenRows]
     num_extra_rows: int
-    teacher: AnyTeacher | None
+    teacher: FrozenTeacher | None
     student: Encoder
     num_student_parameters: int
     notes: list[str]
@@ -202,7 +202,7 @@ def _name_or_path(model: torch.nn.Module, which: str) -> str:
 
 def _teacher(
     config: Config, loaded: Loaded, spec: TaskSpec, tokenizer: Any, arithmetic: BatchArithmetic, device: torch.device
-) -> AnyTeacher:
+) -> FrozenTeacher:
     section = config.teacher
     assert section is not None
     precision = section.precision or config.training.precision
@@ -212,17 +212,37 @@ def _teacher(
         check_vocabulary(encoder.model, tokenizer, "teacher")
         check_max_length(encoder.config, config.task.max_length, "teacher")
         if section.zero_stage == 3:
-            return shard_loaded_teacher(section, encoder, precision, arithmetic.micro_batch_size)
-        return encoder.to(device)
+            digest = store_key(encoder.model, "") if section.store else ""  # while it is whole
+            sharded = shard_loaded_teacher(section, encoder, precision, arithmetic.micro_batch_size)
+            return FrozenTeacher(sharded, lambda: digest)
+        return _whole_teacher(config, encoder.to(device))
     source = teacher_source(section)
     check_max_length(source.config, config.task.max_length, "teacher")
     check_num_labels(source.config, spec.num_labels, spec.label_names)
     if section.zero_stage == 3:
         check_vocabulary(source.skeleton(), tokenizer, "teacher")
-        return load_sharded_teacher(section, source, precision, arithmetic.micro_batch_size, device)
+        sharded = load_sharded_teacher(section, source, precision, arithmetic.micro_batch_size, device)
+        return FrozenTeacher(sharded, lambda: store_key_of_files(source.files, source.config.to_json_string()))
     encoder = load_teacher_encoder(section, spec.num_labels, spec.kind, spec.label_names, precision)
     check_vocabulary(encoder.model, tokenizer, "teacher")
-    return encoder.to(device)
+    return _whole_teacher(config, encoder.to(device))
+
+
+def _whole_teacher(config: Config, encoder: Encoder) -> FrozenTeacher:
+    fuse(encoder, config.training)
+    return FrozenTeacher(encoder, lambda: store_key(encoder.model, ""))
+
+
+def fuse(encoder: Encoder, training: Training) -> str:
+    """Compute the model's logits in fewer operations if that is wanted and possible; returns why not, or ""."""
+    if not training.fused_encoder:
+        return "training.fused_encoder is false"
+    reason = encoder.fuse()
+    if encoder.fused is not None and training.compile != "off":
+        shapes = training.compile == "shapes"
+        graphs = shapes and next(encoder.model.parameters()).device.type == "cuda"
+        encoder.fused.compile(dynamic=not shapes, mode="reduce-overhead" if graphs else None)
+    return reason
 
 
 def _student(config: Config, loaded: Loaded, spec: TaskSpec, tokenizer: Any) -> tuple[Encoder, list[str]]:
@@ -243,6 +263,13 @@ def _student(config: Config, loaded: Loaded, spec: TaskSpec, tokenizer: Any) -> 
             config.training.seed,
         )
     check_max_length(student.config, config.task.max_length, "student")
+    reason = fuse(student, config.training)
+    if reason and config.training.compile != "off":
+        raise ConfigurationError(
+            f'training.compile = "{config.training.compile}" compiles the fused layers, and the student has none: '
+            f'{reason}; set training.compile to "off"'
+        )
+    notes.append(f"forward: {'its own, ' + reason if reason else 'fused'}")
     return student, notes
 
 

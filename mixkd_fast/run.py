@@ -16,7 +16,8 @@ from mixkd_fast import distributed
 from mixkd_fast.checkpoint import replace_folder, write_on_rank_zero
 from mixkd_fast.configuration import Config, batch_arithmetic
 from mixkd_fast.console import Progress
-from mixkd_fast.data.batching import GlobalBatches, micro_batches
+from mixkd_fast.data.batching import Batch, micro_batches
+from mixkd_fast.data.prefetch import Prefetcher, pin_batch
 from mixkd_fast.engine import Engine
 from mixkd_fast.errors import Interrupted
 from mixkd_fast.evaluation import Evaluation, EvaluationPlan, Logits, evaluate, predict, score
@@ -25,7 +26,7 @@ from mixkd_fast.methods import Moment
 from mixkd_fast.preparation import Prepared
 from mixkd_fast.run_folder import MetricsLog, RunFolder
 from mixkd_fast.saving import save_model
-from mixkd_fast.schedule import is_checkpoint_step, is_evaluation_step, learning_rate, total_steps
+from mixkd_fast.schedule import is_checkpoint_step, is_evaluation_step, learning_rate, stream_of, total_steps
 
 
 @dataclass
@@ -54,9 +55,9 @@ class Run:
         training = config.training
         self.ranks = distributed.world_size()
         self.arithmetic = batch_arithmetic(training, self.ranks)
-        num_rows = len(parts.train)
-        self.steps = total_steps(training, num_rows)
-        self.batches = GlobalBatches(num_rows, training.batch_size, training.seed, config.method.mixing())
+        mixing = config.method.mixing()
+        self.stream = stream_of(training, parts.train.lengths, self.arithmetic, mixing, parts.padding.multiple)
+        self.steps = total_steps(training, self.stream)
         self.plan = EvaluationPlan(
             training.evaluation_batch_size, parts.padding, engine.device, list(parts.spec.metrics)
         )
@@ -65,6 +66,9 @@ class Run:
         self.teacher_metrics: dict[str, dict[str, float]] = {}
         self.teacher_rows_per_s: float | None = None
         self.started = datetime.now(timezone.utc)
+        # Since the last report:
+        self._samples = self._tokens = self._steps = 0
+        self._clock = time.perf_counter()
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, if there is one."""
@@ -82,54 +86,83 @@ class Run:
         Raises: Interrupted after a stop signal, once a checkpoint is written.
         """
         self._judge_teacher()
+        self._keep_teacher_logits()
         log = MetricsLog(self.folder.path / "metrics.jsonl", self.state.metrics_bytes)
         bar = Progress(self.steps, self.state.step, progress)
+        depth = self.config.training.prefetch
         try:
-            with StopRequest() as stop:
+            with StopRequest() as stop, Prefetcher(self._batches, self.state.step, self.steps, depth) as ahead:
+                self._clock = time.perf_counter()
                 while self.state.step < self.steps and not self.state.finished:
-                    self._one_step(log, bar, stop)
+                    self._one_step(ahead.get(self.state.step), log, bar, stop)
         finally:
             bar.close()
             log.close()
 
-    def _one_step(self, log: MetricsLog, bar: Progress, stop: StopRequest) -> None:
+    def _batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step, on the CPU."""
+        micro_batch_size, padding = self.arithmetic.micro_batch_size, self.parts.padding
+        draw = self.stream.draw(step)
+        batches = micro_batches(self.parts.train, draw, distributed.rank(), self.ranks, micro_batch_size, padding)
+        teacher = self.parts.teacher
+        if teacher is not None:
+            for batch in batches:
+                teacher.attach(batch)
+        return [pin_batch(batch) for batch in batches]
+
+    def _one_step(self, batches: list[Batch], log: MetricsLog, bar: Progress, stop: StopRequest) -> None:
         state, training = self.state, self.config.training
-        started = time.perf_counter()
-        seen_rows = state.step * training.batch_size
-        moment = Moment(state.step, self.steps, seen_rows / len(self.parts.train))
-        rate = learning_rate(training, state.step, self.steps)
-        batches = micro_batches(
-            self.parts.train,
-            self.batches.draw(state.step),
-            distributed.rank(),
-            self.ranks,
-            self.arithmetic.micro_batch_size,
-            self.parts.padding,
-        )
-        seed_step(training.seed, state.step, distributed.rank())
-        result = self.engine.step([b.to(self.engine.device) for b in batches], moment, rate, training.batch_size)
-        seconds = time.perf_counter() - started
+        step = state.step
+        rows = self.stream.rows_seen(step + 1) - self.stream.rows_seen(step)
+        moment = Moment(step, self.steps, self.stream.epoch(step))
+        rate = learning_rate(training, step, self.steps)
+        seed_step(training.seed, step, distributed.rank())
+        batches = [batch.to(self.engine.device, non_blocking=True) for batch in batches]
+        self.engine.step(batches, moment, rate, rows)
         state.step += 1
-        state.skipped_steps += result.skipped
-        state.samples += training.batch_size
-        state.tokens += result.num_tokens
+        self._samples += rows
+        self._tokens += sum(batch.num_tokens for batch in batches)
+        self._steps += 1
+        if state.step % training.log_every and not self._is_stop_point(state.step):
+            return
+        self._report(log, bar, rate)
+        self._pause(log, bar, stop)
+        self._clock = time.perf_counter()
+
+    def _is_stop_point(self, done: int) -> bool:
+        """Whether something is due after `done` steps for which everything before must be known."""
+        evaluated = is_evaluation_step(self.config.training, done, self.steps, self.stream)
+        return evaluated or is_checkpoint_step(self.config.training, done, self.steps, evaluated)
+
+    def _report(self, log: MetricsLog, bar: Progress, rate: float) -> None:
+        """Wait for the device, write the line of the last step, and count the steps since the line before."""
+        state, training = self.state, self.config.training
+        result = self.engine.report()
+        tokens = torch.tensor(self._tokens, dtype=torch.int64, device=self.engine.device)
+        num_tokens = int(distributed.sum_over_ranks(tokens)) if self.ranks > 1 else self._tokens
+        seconds = time.perf_counter() - self._clock
+        state.skipped_steps += result.num_skipped
+        state.samples += self._samples
+        state.tokens += num_tokens
         state.training_seconds += seconds
-        samples_per_s, tokens_per_s = training.batch_size / seconds, result.num_tokens / seconds
-        bar.step(result.loss, result.terms, samples_per_s, tokens_per_s)
+        samples_per_s, tokens_per_s = self._samples / seconds, num_tokens / seconds
+        step_ms = seconds * 1e3 / self._steps
+        bar.step(result.loss, result.terms, samples_per_s, tokens_per_s, self._steps)
+        self._samples = self._tokens = self._steps = 0
         done = state.step
         if done % training.log_every == 0 or done == self.steps:
             log.write(
                 {
                     "kind": "train",
                     "step": done,
-                    "epoch": done * training.batch_size / len(self.parts.train),
+                    "epoch": self.stream.epoch(done),
                     "loss": result.loss,
                     "terms": result.terms,
                     "learning_rate": rate,
                     "grad_norm": result.grad_norm,
                     "samples_per_s": samples_per_s,
                     "tokens_per_s": tokens_per_s,
-                    "step_ms": seconds * 1e3,
+                    "step_ms": step_ms,
                     "memory_mib": memory_mib(self.engine.device),
                     "skipped_steps": state.skipped_steps,
                 }
@@ -137,7 +170,14 @@ class Run:
             events = {"loss": result.loss, "learning_rate": rate, "samples_per_s": samples_per_s}
             events |= {f"terms/{name}": value for name, value in result.terms.items()}
             self._tell_monitor("train", events, done)
-        evaluated = is_evaluation_step(training, done, self.steps, len(self.parts.train))
+
+    def _pause(self, log: MetricsLog, bar: Progress, stop: StopRequest) -> None:
+        """Evaluate, write a checkpoint, obey a stop signal: whatever is due at this step.
+
+        Raises: Interrupted.
+        """
+        state, training, done = self.state, self.config.training, self.state.step
+        evaluated = is_evaluation_step(training, done, self.steps, self.stream)
         if evaluated:
             self._evaluate(log, bar)
         signal_number = self._agreed_signal(stop)
@@ -152,9 +192,11 @@ class Run:
 
     def _agreed_signal(self, stop: StopRequest) -> int:
         """The signal that any rank received, 0 if none: all ranks must stop at the same step."""
-        here = torch.tensor([stop.requested() or 0], device=self.engine.device)
-        if self.ranks > 1:
-            torch.distributed.all_reduce(here, op=torch.distributed.ReduceOp.MAX)
+        number = stop.requested() or 0
+        if self.ranks == 1:
+            return number
+        here = torch.tensor([number], device=self.engine.device)
+        torch.distributed.all_reduce(here, op=torch.distributed.ReduceOp.MAX)
         return int(here.item())
 
     def _judge_teacher(self) -> None:
@@ -171,6 +213,14 @@ class Run:
             distributed.say(f"teacher on {split}: {shown}")
         self.teacher_rows_per_s = rows / seconds if seconds else None
 
+    def _keep_teacher_logits(self) -> None:
+        """Compute the teacher's logits of all training rows once, where several epochs will ask for them."""
+        parts, config = self.parts, self.config
+        if parts.teacher is None or config.teacher is None or not config.method.needs_clean_teacher:
+            return
+        if config.teacher.store and self.stream.epoch(self.steps) > 1:
+            parts.teacher.keep_logits(config, parts.train, self.plan, parts.spec.num_labels)
+
     def _evaluate(self, log: MetricsLog, bar: Progress) -> None:
         state = self.state
         results: list[Evaluation] = []
@@ -181,7 +231,7 @@ class Run:
                 {
                     "kind": "evaluation",
                     "step": state.step,
-                    "epoch": state.step * self.config.training.batch_size / len(self.parts.train),
+                    "epoch": self.stream.epoch(state.step),
                     "split": split,
                     "metrics": result.metrics,
                     "seconds": result.seconds,

@@ -1,16 +1,61 @@
 """How long a run is, what the learning rate is at each step, and when it evaluates: pure functions of the step."""
 
 import math
+from typing import Protocol
 
-from mixkd_fast.configuration import Training
+import numpy as np
+from numpy.typing import NDArray
+
+from mixkd_fast.configuration import BatchArithmetic, Training
+from mixkd_fast.data.batching import Draw, GlobalBatches
+from mixkd_fast.data.planned_batches import PlannedBatches
+from mixkd_fast.mixing import Mixing
 
 
-def total_steps(training: Training, num_rows: int) -> int:
-    """Optimizer steps of the run: `steps`, or enough to see `epochs` * num_rows rows."""
+class Stream(Protocol):
+    """Where the steps of a run stand in its rows: `GlobalBatches` or `PlannedBatches`."""
+
+    def draw(self, step: int) -> Draw:
+        """Rows, partners and lam of a step."""
+
+    def rows_seen(self, step: int) -> int:
+        """Rows of all steps before this one."""
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are over when this step begins."""
+
+    def steps_in(self, epochs: float) -> int:
+        """Optimizer steps of so many epochs."""
+
+
+def stream_of(
+    training: Training, lengths: NDArray[np.int64], arithmetic: BatchArithmetic, mixing: Mixing | None, multiple: int
+) -> Stream:
+    """The batches that the training section asks for. Args: lengths in tokens; multiple that widths are rounded to."""
+    if training.batching == "random":
+        return GlobalBatches(len(lengths), training.batch_size, training.seed, mixing)
+    return PlannedBatches(
+        lengths,
+        training.batch_size,
+        training.seed,
+        mixing,
+        window=training.window,
+        pad_multiple=multiple,
+        tokens_per_micro_batch=training.tokens_per_micro_batch,
+        micro_batches=arithmetic.accumulation * arithmetic.ranks,
+    )
+
+
+def total_steps(training: Training, stream: Stream) -> int:
+    """Optimizer steps of the run: `steps`, or those of `epochs`."""
     if training.steps is not None:
         return training.steps
-    epochs = 3.0 if training.epochs is None else training.epochs
-    return max(1, math.ceil(epochs * num_rows / training.batch_size))
+    return stream.steps_in(3.0 if training.epochs is None else training.epochs)
+
+
+def expected_steps(training: Training, num_rows: int) -> int:
+    """`total_steps` before the rows are known one by one: as if every step had batch_size rows."""
+    return total_steps(training, GlobalBatches(num_rows, training.batch_size, training.seed))
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:
@@ -26,14 +71,13 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
     return training.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
 
 
-def is_evaluation_step(training: Training, done: int, steps: int, num_rows: int) -> bool:
+def is_evaluation_step(training: Training, done: int, steps: int, stream: Stream) -> bool:
     """Whether to evaluate after `done` steps: every `evaluate_every`, or where an epoch ends; always at the end."""
     if done == steps:
         return True
     if training.evaluate_every is not None:
         return done % training.evaluate_every == 0
-    seen = done * training.batch_size
-    return seen // num_rows > (seen - training.batch_size) // num_rows
+    return math.floor(stream.epoch(done)) > math.floor(stream.epoch(done - 1))
 
 
 def is_checkpoint_step(training: Training, done: int, steps: int, evaluated: bool) -> bool:

@@ -38,7 +38,7 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
         "data": run.parts.data_summary(),
         "training": {
             "steps": state.step,
-            "epochs": state.step * config.training.batch_size / len(run.parts.train),
+            "epochs": run.stream.epoch(state.step),
             "seconds": state.training_seconds,
             "total_seconds": seconds,
             "samples_per_s": state.samples / state.training_seconds if state.training_seconds else None,

@@ -44,12 +44,17 @@ class ShardedTeacher:
     @torch.no_grad()
     def clean(self, batch: Batch, **options: Any) -> Any:
         """The plain forward of the batch's clean rows; see `Encoder.clean`."""
-        return self._engine(batch, None, options)
+        return self._engine(batch, None, False, options)
 
     @torch.no_grad()
     def mixed(self, batch: Batch, mixing: Mixing, **options: Any) -> Any:
         """The forward of the batch's mixed rows; see `Encoder.mixed`."""
-        return self._engine(batch, mixing, options)
+        return self._engine(batch, mixing, False, options)
+
+    @torch.no_grad()
+    def both(self, batch: Batch, mixing: Mixing, **options: Any) -> Any:
+        """Clean and mixed rows in one forward; see `Encoder.both`."""
+        return self._engine(batch, mixing, True, options)
 
 
 class _Dispatch(nn.Module):
@@ -59,9 +64,11 @@ class _Dispatch(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, batch: Batch, mixing: Mixing | None, options: dict[str, Any]) -> Any:
+    def forward(self, batch: Batch, mixing: Mixing | None, include_clean: bool, options: dict[str, Any]) -> Any:
         if mixing is None:
             return self.encoder.clean(batch, **options)
+        if include_clean:
+            return self.encoder.both(batch, mixing, **options)
         return self.encoder.mixed(batch, mixing, **options)
 
 

@@ -10,7 +10,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from mixkd_fast.configuration import BatchArithmetic, Config, Teacher, validate
-from mixkd_fast.deepspeed_config import student_deepspeed_config, teacher_zero3_config
+from mixkd_fast.deepspeed_config import autocasts, student_deepspeed_config, teacher_zero3_config
 from mixkd_fast.errors import ConfigurationError
 from mixkd_fast.run_folder import RunFolder
 
@@ -40,6 +40,7 @@ def test_auto_is_filled_and_agreement_is_fine() -> None:
         "gradient_accumulation_steps": 4,
         "bf16": {"enabled": "auto", "check_grad_overflow": True},
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": 1e-6}},
+        "zero_optimization": {"stage": 1},
     }
     changes = {"deepspeed": section, "training": {"precision": "bf16", "learning_rate": 1e-3}}
     result = student_deepspeed_config(validate(Config, _merged(changes)), ARITHMETIC)
@@ -130,6 +131,7 @@ def test_the_section_in_the_configuration_is_never_changed() -> None:
         "fp16": {"initial_scale_power": 8},
         "bfloat16": {"enabled": "auto"},
         "optimizer": {"type": "Adam", "params": {"lr": "auto", "betas": "auto"}},
+        "zero_optimization": {"stage": 2},
     }
     before = copy.deepcopy(section)
     config = validate(Config, _merged({"deepspeed": section, "training": {"precision": "bf16"}}))
@@ -151,15 +153,28 @@ def test_users_defaults_win_over_ours() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_deepspeed_understands_what_is_derived(precision: str) -> None:
-    training = {"batch_size": 32, "precision": precision, "max_grad_norm": 0.5}
+    changes = {
+        "training": {"batch_size": 32, "precision": precision, "max_grad_norm": 0.5},
+        "deepspeed": {"zero_optimization": {"stage": 1}},
+    }
     arithmetic = BatchArithmetic(32, 4, 8, 1)
-    understood = DeepSpeedConfig(
-        student_deepspeed_config(validate(Config, _merged({"training": training})), arithmetic)
-    )
+    understood = DeepSpeedConfig(student_deepspeed_config(validate(Config, _merged(changes)), arithmetic))
     assert understood.train_batch_size == 32 and understood.train_micro_batch_size_per_gpu == 4
     assert understood.gradient_accumulation_steps == 8 and understood.gradient_clipping == 0.5
     assert understood.float16_config.enabled is (precision == "fp16")
     assert understood.bfloat16_config.enabled is (precision == "bf16")
+
+
+@pytest.mark.parametrize("section", [{}, {"bf16": {"enabled": "auto"}}, {"zero_optimization": {"stage": 0}}])
+def test_bf16_without_zero_is_autocast(section: dict[str, Any]) -> None:
+    """DeepSpeed sees an fp32 model, unless its section asks for its own bf16."""
+    config = validate(Config, _merged({"deepspeed": section, "training": {"precision": "bf16"}}))
+    result = student_deepspeed_config(config, ARITHMETIC)
+    assert not result.get("bf16", {}).get("enabled") and autocasts(config.training, result)
+    own = section | {"bf16": {"enabled": True}}
+    config = validate(Config, _merged({"deepspeed": own, "training": {"precision": "bf16"}}))
+    result = student_deepspeed_config(config, ARITHMETIC)
+    assert result["bf16"]["enabled"] is True and not autocasts(config.training, result)
 
 
 def test_deepspeed_section_from_a_file(tmp_path: Path) -> None:

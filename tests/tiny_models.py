@@ -212,6 +212,7 @@ def tiny_batch(
         partner=None if partner is None else torch.tensor(partner),
         lam=None if lam is None else torch.tensor(lam, dtype=torch.float32),
         num_rows=len(lengths) if num_rows is None else num_rows,
+        num_tokens=sum(lengths[: len(lengths) if num_rows is None else num_rows]),
     )
 
 

@@ -7,8 +7,10 @@ Legend of shape suffixes: N clean rows of the global batch, B of the micro-batch
 R rows of a micro-batch with partners, M = B * k, L positions, C classes.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -49,19 +51,18 @@ class Batch:
     """float32 [M]: weight of the first row."""
     num_rows: int
     """B"""
+    num_tokens: int
+    """Tokens of the clean rows."""
+    teacher_logits: Tensor | None = None
+    """float32 [B, C]: the teacher's logits of the clean rows, where a store has them."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with every tensor on `device`."""
+        """The same batch with every tensor on `device`, but for row_ids, which nothing on a device asks for."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name != "row_ids":
                 values[name] = value.to(device, non_blocking=non_blocking)
         return Batch(**values)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the clean rows."""
-        return int(self.attention_mask[: self.num_rows].sum())
 
     @property
     def valid(self) -> Tensor:
@@ -99,6 +100,8 @@ class Draw:
     """[N * k]: row number of the partner of mixed row k * N + n, whose first row is row_ids[n]."""
     lam: NDArray[np.float32] | None
     """[N * k]: weight of the first row."""
+    cuts: NDArray[np.int64] | None = None
+    """[micro-batches + 1]: where micro-batches end, if they differ in size."""
 
 
 class RowOrder:
@@ -142,24 +145,38 @@ class GlobalBatches:
         self._seed = seed
         self._mixing = mixing
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which every row is seen once; seldom whole, because a batch may straddle two epochs."""
-        return self.order.num_rows / self.batch_size
-
     def draw(self, step: int) -> Draw:
         """Rows, partners and lam of step 0, 1, 2, ..."""
         row_ids_N = self.order.rows(step * self.batch_size, self.batch_size)
-        if self._mixing is None:
-            return Draw(row_ids_N, None, None)
-        num_copies = self._mixing.mixed_rows
-        rng = _generator(self._seed, _PARTNERS, step)
-        if self._mixing.pairing == "batch":
-            partner_ids = np.concatenate([row_ids_N[rng.permutation(self.batch_size)] for _ in range(num_copies)])
-        else:
-            partner_ids = rng.integers(0, self.order.num_rows, size=self.batch_size * num_copies, dtype=np.int64)
-        lam = draw_lam(self._mixing, self.batch_size * num_copies, _generator(self._seed, _LAM, step))
+        partner_ids, lam = draw_pairs(self._mixing, row_ids_N, self.order.num_rows, self._seed, step)
         return Draw(row_ids_N, partner_ids, lam)
+
+    def rows_seen(self, step: int) -> int:
+        """Rows of all steps before this one."""
+        return step * self.batch_size
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are over when this step begins."""
+        return step * self.batch_size / self.order.num_rows
+
+    def steps_in(self, epochs: float) -> int:
+        """Optimizer steps that see so many epochs of rows, at least 1."""
+        return max(1, math.ceil(epochs * self.order.num_rows / self.batch_size))
+
+
+def draw_pairs(
+    mixing: Mixing | None, row_ids_N: NDArray[np.int64], num_rows: int, seed: int, step: int
+) -> tuple[NDArray[np.int64] | None, NDArray[np.float32] | None]:
+    """Partners [N * k] and lam [N * k] of a step's rows, (None, None) without mixing; see `Draw`."""
+    if mixing is None:
+        return None, None
+    count = len(row_ids_N)
+    rng = _generator(seed, _PARTNERS, step)
+    if mixing.pairing == "batch":
+        partner_ids = np.concatenate([row_ids_N[rng.permutation(count)] for _ in range(mixing.mixed_rows)])
+    else:
+        partner_ids = rng.integers(0, num_rows, size=count * mixing.mixed_rows, dtype=np.int64)
+    return partner_ids, draw_lam(mixing, count * mixing.mixed_rows, _generator(seed, _LAM, step))
 
 
 def micro_batches(
@@ -167,28 +184,29 @@ def micro_batches(
 ) -> list[Batch]:
     """This rank's micro-batches of a global batch, in the order of accumulation.
 
-    Micro-batch a of rank r takes the B rows from (a * world + r) * B on, with their partners and lam. Partners that
-    are not among its clean rows are appended once each.
+    Micro-batch a of rank r takes the B rows from (a * world + r) * B on, or the piece a * world + r of a draw that is
+    cut already, with their partners and lam. Partners that are not among its clean rows are appended once each.
     Raises: ConfigurationError if the global batch is not a multiple of micro_batch_size * world.
     """
     num_rows = len(draw.row_ids)
-    if micro_batch_size < 1 or num_rows % (micro_batch_size * world):
+    if draw.cuts is None and (micro_batch_size < 1 or num_rows % (micro_batch_size * world)):
         raise ConfigurationError(
             f"training.batch_size is {num_rows}, which is not a multiple of training.micro_batch_size "
             f"{micro_batch_size} times {world} ranks"
         )
+    cuts = range(0, num_rows + 1, micro_batch_size) if draw.cuts is None else draw.cuts.tolist()
     batches = []
-    for start in range(rank * micro_batch_size, num_rows, world * micro_batch_size):
-        here = slice(start, start + micro_batch_size)
+    for start, end in list(pairwise(cuts))[rank::world]:
+        here, size = slice(start, end), end - start
         row_ids = draw.row_ids[here]
         if draw.partner_ids is None or draw.lam is None:
-            batches.append(_collate(rows, row_ids, micro_batch_size, padding))
+            batches.append(_collate(rows, row_ids, size, padding))
             continue
         partner_ids_M = draw.partner_ids.reshape(-1, num_rows)[:, here].ravel()
         lam_M = draw.lam.reshape(-1, num_rows)[:, here].ravel()
         place = _places(row_ids, partner_ids_M)
-        extra = [row_id for row_id, index in place.items() if index >= micro_batch_size]
-        batch = _collate(rows, np.concatenate([row_ids, np.array(extra, dtype=np.int64)]), micro_batch_size, padding)
+        extra = [row_id for row_id, index in place.items() if index >= size]
+        batch = _collate(rows, np.concatenate([row_ids, np.array(extra, dtype=np.int64)]), size, padding)
         batch.partner = torch.tensor([place[row_id] for row_id in partner_ids_M.tolist()], dtype=torch.int64)
         batch.lam = torch.from_numpy(np.ascontiguousarray(lam_M))
         batches.append(batch)
@@ -202,13 +220,23 @@ class EvaluationBatches:
     runs short gets a batch of row 0 alone, marked by row_ids = -1. row_ids say where results belong.
     """
 
-    def __init__(self, rows: TokenRows, batch_size: int, rank: int, world: int, padding: Padding) -> None:
+    def __init__(
+        self,
+        rows: TokenRows,
+        batch_size: int,
+        rank: int,
+        world: int,
+        padding: Padding,
+        chosen: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Args: chosen = the row numbers to take, None for all."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; allowed: at least 1")
         self._rows = rows
         self._padding = padding
+        chosen = np.arange(len(rows)) if chosen is None else chosen
         # Longest first, so that memory is short at once or never.
-        order = np.argsort(-rows.lengths, kind="stable")
+        order = chosen[np.argsort(-rows.lengths[chosen], kind="stable")]
         chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         self._num_batches = -(-len(chunks) // world)
         self._chunks = chunks[rank::world]
@@ -267,6 +295,7 @@ def _collate(rows: TokenRows, row_ids_R: NDArray[np.int64], num_rows: int, paddi
         partner=None,
         lam=None,
         num_rows=num_rows,
+        num_tokens=int(lengths_R[:num_rows].sum()),
     )
 
 

@@ -40,6 +40,11 @@ class Method(Section):
         """How rows are paired and interpolated, or None if the method needs no mixed rows."""
         return None
 
+    @property
+    def needs_clean_teacher(self) -> bool:
+        """Whether the teacher's logits of the clean rows enter the loss: those may be kept from epoch to epoch."""
+        return False
+
     def build(self, student: Encoder, teacher: Any | None) -> nn.Module | None:
         """Further trainable modules (projections, more students); trained and checkpointed beside the student."""
         return None
@@ -49,8 +54,9 @@ class Method(Section):
     ) -> dict[str, Tensor]:
         """Weighted loss terms of a micro-batch.
 
-        Args: batch with B clean rows; student and teacher take `clean(batch)` and `mixed(batch, mixing)`;
-        the teacher (an Encoder or a ShardedTeacher) is frozen and gives no gradient; extras is what `build` returned.
+        Args: batch with B clean rows; student and teacher take `clean(batch)`, `mixed(batch, mixing)`, and
+        `both(batch, mixing)`, which is one forward; the teacher is frozen and gives no gradient; extras is what
+        `build` returned.
         Returns: name -> tensor [B], one value per clean row. The training loss is the sum of all terms over the
         rows of the whole accumulated, cross-rank batch, divided by its number of rows: the engine divides.
         """

@@ -38,16 +38,16 @@ class CleanRowDistillation(Method):
             raise ValueError(f"{', '.join(weights)} are all 0: nothing would be trained; at least one must be positive")
         return self
 
-    def terms(
-        self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
-    ) -> dict[str, Tensor]:
-        assert teacher is not None
-        student_logits = student.clean(batch).logits
+    @property
+    def needs_clean_teacher(self) -> bool:
+        return self.kd_weight > 0
+
+    def clean_terms(self, batch: Batch, student_logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Tensor]:
+        """Terms of the clean rows from logits [B, C]; the teacher's are needed at a positive kd_weight only."""
         terms = {}
         if self.mle_weight:
             terms["mle"] = self.mle_weight * supervised_loss(student_logits, batch)
-        if self.kd_weight:
-            teacher_logits = teacher.clean(batch).logits
+        if teacher_logits is not None:
             terms["kd"] = self.kd_weight * distance(student_logits, teacher_logits, self.distance, self.temperature)
         return terms
 
@@ -57,6 +57,13 @@ class KD(CleanRowDistillation):
 
     name: Literal["kd"] = "kd"
     """Discriminator of the method section."""
+
+    def terms(
+        self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
+    ) -> dict[str, Tensor]:
+        assert teacher is not None
+        teacher_logits = teacher.clean(batch).logits if self.needs_clean_teacher else None
+        return self.clean_terms(batch, student.clean(batch).logits, teacher_logits)
 
 
 def distance(student_logits: Tensor, teacher_logits: Tensor, kind: Distance, temperature: float) -> Tensor:

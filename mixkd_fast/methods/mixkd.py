@@ -39,15 +39,22 @@ class MixKD(CleanRowDistillation, Mixing):
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
         assert teacher is not None
-        clean = self.mle_weight or self.kd_weight
-        terms = super().terms(batch, student, teacher, extras, moment) if clean else {}
         if self.mixing() is None:
-            return terms
-        student_logits = student.mixed(batch, self).logits
+            return self.clean_terms(batch, student.clean(batch).logits, teacher.clean(batch).logits)
+        teacher_clean, teacher_mixed = self._logits(teacher, batch, self.kd_weight > 0, self.tmkd_weight > 0)
+        clean, mixed = self._logits(student, batch, self.mle_weight > 0 or self.kd_weight > 0, True)
+        terms = {} if clean is None else self.clean_terms(batch, clean, teacher_clean)
+        assert mixed is not None
         if self.sm_weight:
-            terms["sm"] = self.sm_weight * mixed_supervised_loss(student_logits, batch)
-        if self.tmkd_weight:
-            teacher_logits = teacher.mixed(batch, self).logits
-            per_mixed_row = distance(student_logits, teacher_logits, self.distance, self.temperature)
+            terms["sm"] = self.sm_weight * mixed_supervised_loss(mixed, batch)
+        if teacher_mixed is not None:
+            per_mixed_row = distance(mixed, teacher_mixed, self.distance, self.temperature)
             terms["tmkd"] = self.tmkd_weight * per_clean_row(per_mixed_row, batch)
         return terms
+
+    def _logits(self, model: Any, batch: Batch, clean: bool, mixed: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Logits of the rows that are asked for, in one forward."""
+        if clean and mixed:
+            outputs = model.both(batch, self)
+            return outputs[0].logits, outputs[1].logits
+        return model.clean(batch).logits if clean else None, model.mixed(batch, self).logits if mixed else None

@@ -44,7 +44,7 @@ def main() -> None:
     section = Teacher(model=folder, zero_stage=int(stage))
     ids = torch.tensor([[2, 5, 6, 3], [2, 7, 8, 3]])
     batch = Batch(
-        ids, torch.ones_like(ids), None, torch.zeros(2, dtype=torch.int64), None, torch.arange(2), None, None, 2
+        ids, torch.ones_like(ids), None, torch.zeros(2, dtype=torch.int64), None, torch.arange(2), None, None, 2, 8
     )
     teacher_source(section).skeleton()  # imports the family's code, which is not part of the measure
     before, sampler = resident_mib(), Peak()

@@ -1,0 +1,112 @@
+"""The batch of every optimizer step, of rows that are equally long: what `training.batching` "length" asks for.
+
+As `GlobalBatches`, a pure function of (seed, step), so that a resumed run and any number of ranks see the same.
+"""
+
+import bisect
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixkd_fast.data.batching import Draw, draw_pairs
+from mixkd_fast.data.length_batches import BatchPlan, plan_batches
+from mixkd_fast.errors import ConfigurationError
+from mixkd_fast.mixing import Mixing
+
+
+class PlannedBatches:
+    """Every epoch is planned anew by `plan_batches`; rows that fill no last batch sit that epoch out.
+
+    With tokens_per_micro_batch a micro-batch takes as many rows as its padded width leaves room for (micro_batch_size
+    at most), so that the rows of a step vary; without it every step has batch_size rows.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.int64],
+        batch_size: int,
+        seed: int,
+        mixing: Mixing | None = None,
+        *,
+        window: int = 8192,
+        pad_multiple: int = 8,
+        tokens_per_micro_batch: int | None = None,
+        micro_batches: int = 1,
+    ) -> None:
+        """Args: micro_batches = of one step over all ranks; they differ in size with tokens_per_micro_batch only.
+
+        Raises: ConfigurationError when there are too few rows for one batch, or one is longer than the token budget.
+        """
+        self._lengths, self._batch_size, self._seed, self._mixing = lengths, batch_size, seed, mixing
+        self._window, self._pad_multiple = window, pad_multiple
+        self._tokens, self._group_size = tokens_per_micro_batch, 1 if tokens_per_micro_batch is None else micro_batches
+        self._plans: dict[int, BatchPlan] = {}
+        self._first_steps, self._first_rows = [0], [0]
+        if self._steps_of(0) == 0:
+            raise ConfigurationError(
+                f'training.batching = "length": the {len(lengths)} training rows do not fill one step of '
+                f'{batch_size} rows; lower training.batch_size, or use "random"'
+            )
+
+    def draw(self, step: int) -> Draw:
+        """Rows, partners and lam of step 0, 1, 2, ..."""
+        epoch, batch = self._place(step)
+        plan = self._plan(epoch)
+        offsets = plan.offsets[batch : batch + self._group_size + 1]
+        row_ids_N = plan.order[offsets[0] : offsets[-1]]
+        partner_ids, lam = draw_pairs(self._mixing, row_ids_N, len(self._lengths), self._seed, step)
+        return Draw(row_ids_N, partner_ids, lam, None if self._tokens is None else offsets - offsets[0])
+
+    def rows_seen(self, step: int) -> int:
+        """Rows of all steps before this one."""
+        epoch, batch = self._place(step)
+        return self._first_rows[epoch] + int(self._plan(epoch).offsets[batch])
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are over when this step begins."""
+        epoch, batch = self._place(step)
+        return epoch + batch / self._group_size / self._steps_of(epoch)
+
+    def steps_in(self, epochs: float) -> int:
+        """Optimizer steps of so many epochs, at least 1."""
+        whole = math.floor(epochs)
+        self._reach_epoch(whole)
+        return max(1, self._first_steps[whole] + math.ceil((epochs - whole) * self._steps_of(whole)))
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """Epoch of a step, and its first batch there."""
+        while self._first_steps[-1] <= step:
+            self._reach_epoch(len(self._first_steps))
+        epoch = bisect.bisect_right(self._first_steps, step) - 1
+        return epoch, (step - self._first_steps[epoch]) * self._group_size
+
+    def _reach_epoch(self, epoch: int) -> None:
+        while len(self._first_steps) <= epoch:
+            last = len(self._first_steps) - 1
+            self._first_steps.append(self._first_steps[last] + self._steps_of(last))
+            self._first_rows.append(self._first_rows[last] + len(self._plan(last).order))
+
+    def _steps_of(self, epoch: int) -> int:
+        return self._plan(epoch).num_batches // self._group_size
+
+    def _plan(self, epoch: int) -> BatchPlan:
+        if epoch not in self._plans:
+            while len(self._plans) >= 2:
+                del self._plans[min(self._plans)]
+            budget = self._tokens is not None
+            try:
+                self._plans[epoch] = plan_batches(
+                    self._lengths,
+                    tokens_per_batch=self._tokens,
+                    rows_per_batch=self._batch_size // self._group_size if budget else self._batch_size,
+                    seed=self._seed % 2**64,
+                    epoch=epoch,
+                    window=self._window,
+                    pad_multiple=self._pad_multiple,
+                    group_size=self._group_size,
+                    drop_last=True,
+                )
+            except ValueError as error:
+                raise ConfigurationError(f"training.tokens_per_micro_batch: {error}") from error
+        return self._plans[epoch]

@@ -1,0 +1,143 @@
+"""The teacher as the methods see it: frozen, in its own precision, its logits of clean rows kept for later epochs."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mixkd_fast import distributed
+from mixkd_fast.configuration import Config
+from mixkd_fast.console import Progress
+from mixkd_fast.data.batching import Batch, EvaluationBatches
+from mixkd_fast.data.tokenization import TokenRows, default_cache_dir
+from mixkd_fast.evaluation import EvaluationPlan
+from mixkd_fast.fused_encoder import Logits
+from mixkd_fast.mixing import Mixing
+from mixkd_fast.models import Encoder
+from mixkd_fast.teacher import ShardedTeacher
+from mixkd_fast.teacher_store import TeacherStore
+
+_FORMAT = 1  # of what is kept; to be raised when the same weights come to mean other logits
+
+
+class FrozenTeacher:
+    """An `Encoder` or `ShardedTeacher` that is only asked."""
+
+    def __init__(self, teacher: Encoder | ShardedTeacher, digest: Callable[[], str]) -> None:
+        """Args: digest = gives the hash of the weights, if it comes to that."""
+        self._teacher, self._digest = teacher, digest
+        self._store: TeacherStore | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The transformers model."""
+        return self._teacher.model
+
+    def clean(self, batch: Batch, **options: Any) -> Any:
+        """The plain forward of the batch's clean rows, or the logits that came with it; see `Encoder.clean`."""
+        if batch.teacher_logits is not None and not options:
+            return Logits(batch.teacher_logits)
+        return self._run("clean", batch, **options)
+
+    def mixed(self, batch: Batch, mixing: Mixing, **options: Any) -> Any:
+        """The forward of the batch's mixed rows; see `Encoder.mixed`."""
+        return self._run("mixed", batch, mixing, **options)
+
+    def both(self, batch: Batch, mixing: Mixing, **options: Any) -> tuple[Any, Any]:
+        """Clean and mixed rows; see `Encoder.both`."""
+        if batch.teacher_logits is not None and not options:
+            return Logits(batch.teacher_logits), self.mixed(batch, mixing)
+        clean, mixed = self._run("both", batch, mixing, **options)
+        return clean, mixed
+
+    def attach(self, batch: Batch) -> None:
+        """Put the kept logits of a training batch's clean rows beside them, on the CPU, if they are kept."""
+        if self._store is not None:
+            logits = self._store.read(batch.row_ids[: batch.num_rows].numpy())
+            assert logits is not None, "the store was filled before training"
+            batch.teacher_logits = torch.from_numpy(logits)
+
+    def keep_logits(self, config: Config, rows: TokenRows, plan: EvaluationPlan, num_classes: int) -> None:
+        """Compute and keep the logits of all training rows that are not kept yet; `attach` gives them out. Collective.
+
+        Whatever keeps them from being kept costs one line, and the teacher then runs in every epoch.
+        """
+        section = config.teacher
+        assert section is not None
+        limit, needed = section.store_mib << 20, len(rows) * (4 * num_classes + 4)
+        if needed > limit:
+            distributed.say(
+                f"teacher.store_mib = {section.store_mib}: the logits of {len(rows):,} rows would take "
+                f"{needed >> 20:,} MiB, so the teacher runs in every epoch"
+            )
+            return
+        folder = Path(section.store_dir) if section.store_dir else _cache_dir(config) / "teacher_logits"
+        key = self._key(config, rows)
+        store = TeacherStore.open(folder, key, len(rows), num_classes, limit)
+        if store is None:
+            return
+        missing = self._fill(store, rows, plan)
+        # The disk may have lost rows, or another program removed them, since they were written.
+        if _missing(store).size:
+            distributed.say(f"The teacher's logits cannot be kept in {folder}: the teacher runs in every epoch")
+            store.close()
+            return
+        how = f"{missing:,} of them computed now" if missing else "all of them kept already"
+        distributed.say(f"teacher's logits of {len(rows):,} training rows: {how}; {folder / key}")
+        self._store = store
+
+    def _key(self, config: Config, rows: TokenRows) -> str:
+        """What the logits depend on: weights, rows, and how they are computed."""
+        precision = config.teacher.precision if config.teacher is not None else None
+        facts = (
+            self._digest(),
+            rows.content_hash,
+            precision or config.training.precision,
+            config.training.fused_encoder,
+        )
+        return hashlib.sha256(repr((_FORMAT, *facts)).encode()).hexdigest()
+
+    def _fill(self, store: TeacherStore, rows: TokenRows, plan: EvaluationPlan) -> int:
+        """Write the rows that are missing on any machine. Returns how many those were."""
+        missing = _missing(store)
+        rank, ranks = distributed.rank(), distributed.world_size()
+        bar = Progress(-(-len(missing) // (plan.batch_size * ranks)), 0, len(missing) > 0, "batch")
+        for batch in (
+            EvaluationBatches(rows, plan.batch_size, rank, ranks, plan.padding, missing) if len(missing) else ()
+        ):
+            logits = self._run("clean", batch.to(plan.device)).logits.float().cpu().numpy()
+            valid = batch.valid.numpy()
+            store.write(batch.row_ids.numpy()[valid], logits[valid])
+            bar.advance()
+        bar.close()
+        store.share()
+        distributed.barrier()  # ranks of one machine see each other's rows, once they are written
+        return len(missing)
+
+    def _run(self, name: str, batch: Batch, *arguments: Any, **options: Any) -> Any:
+        forward = getattr(self._teacher, name)
+        # Its own precision, also where the student around it runs under autocast.
+        with torch.no_grad(), torch.autocast(batch.input_ids.device.type, enabled=False):
+            if options or isinstance(self._teacher, ShardedTeacher):
+                return forward(batch, *arguments, **options)
+            with torch.inference_mode():
+                outputs = forward(batch, *arguments)
+        # Copies, outside: what is made in inference mode may take no part in a loss.
+        if name == "both":
+            return tuple(Logits(output.logits.clone()) for output in outputs)
+        return Logits(outputs.logits.clone())
+
+
+def _missing(store: TeacherStore) -> NDArray[np.int64]:
+    """Row numbers that any rank lacks; the same on every rank."""
+    lacking = torch.from_numpy((~store.filled()).astype(np.uint8))
+    return np.flatnonzero(distributed.maximum_over_ranks(lacking).numpy())
+
+
+def _cache_dir(config: Config) -> Path:
+    return Path(config.task.cache_dir) if config.task.cache_dir else default_cache_dir()
