@@ -115,6 +115,9 @@ class Engine:
         # DeepSpeed's own scheduler, if its section has one, drives the learning rate; else training.schedule does.
         groups = [] if "scheduler" in config else self._engine.optimizer.param_groups
         self._shares = [group["lr"] / training.learning_rate for group in groups]
+        if self._is_plain and distributed.world_size() == 1:
+            # DeepSpeed would copy all gradients into one piece, exchange it with nobody, and copy it back.
+            self._engine.enable_backward_allreduce = False
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._guards_itself = self._engine.optimizer is not self._engine.basic_optimizer
         self.monitor = self._engine.monitor

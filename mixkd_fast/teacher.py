@@ -4,8 +4,6 @@ The teacher's stage does not depend on the student's. Its parameters are created
 tensor from safetensors files, so that no rank ever holds the whole teacher.
 """
 
-import ctypes
-import platform
 from typing import Any
 
 import deepspeed
@@ -19,10 +17,10 @@ from mixkd_fast.data.batching import Batch
 from mixkd_fast.deepspeed_config import teacher_zero3_config
 from mixkd_fast.engine import whole_parameters
 from mixkd_fast.errors import ModelError
+from mixkd_fast.host_memory import return_freed_memory
 from mixkd_fast.mixing import Mixing
 from mixkd_fast.models import Encoder, ModelSource
 
-_M_MMAP_THRESHOLD = -3  # of <malloc.h>
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -133,16 +131,6 @@ def require_memory_for_layer(field: str, largest_numel: int, precision: Precisio
             f"{precision} on every rank while it runs, but {free / 2**30:,.1f} GiB are free. "
             "Use a device with more memory, a smaller model or a lower precision"
         )
-
-
-def return_freed_memory() -> None:
-    """Let glibc give freed tensors back to the system at once, instead of keeping holes as large as the teacher.
-
-    Its threshold for blocks of their own grows with use up to 32 MiB, above the size of most layers; a fixed one
-    costs page faults on large temporaries, which a teacher that hardly fits is worth.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -29,7 +29,7 @@ LAYERS = [
     {"fused_encoder"},
     {"encoder_parts", "encoder_tables"},
     {"build_locks", "configuration", "distributed"},
-    {"config_errors", "strict_json"},
+    {"config_errors", "host_memory", "strict_json"},
     {"methods"},
     {"losses", "mix", "mixing"},
     {"errors", "ops", "section", "version"},
