@@ -1,6 +1,7 @@
 """Time the fused ops beside eager and compiled PyTorch and their peers, in one process.
 
     python -m benchmarks kd_loss|mix_embeddings|all [--device cuda] [--json FILE] [--quick]
+    python -m benchmarks train_step [--device cuda] [--json FILE]     # whole training steps: see train_step.py
 
 Nothing is timed for an op whose tests fail, nor for an implementation that is wrong against fp64: exit status 1.
 --json FILE also writes FILE.md and FILE.svg beside it.
@@ -33,6 +34,19 @@ PEERS = ("triton", "trl", "liger-kernel")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["train_step"]:
+        from benchmarks import train_step
+
+        device = torch.device("cuda" if "cuda" in given else "cpu")
+        facts = {
+            "command": command(given),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "versions": versions(device),
+            "device": device_facts(device),
+        }
+        return train_step.main(given[1:], facts)
     options = _options(arguments)
     ops = OPS if options.op == "all" else (options.op,)
     device = torch.device(options.device)
@@ -152,7 +166,7 @@ def _processor() -> str:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("op", choices=[*OPS, "all"])
+    parser.add_argument("op", choices=[*OPS, "all", "train_step"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, help="file of the results; .md and .svg are written beside it")
     parser.add_argument("--cases", default="", help="only cases whose name holds this text, such as '512x32000 fp32'")

@@ -107,7 +107,7 @@ def predicted(config: Config) -> dict[str, Any]:
 
 
 def save_teacher(folder: Path, dropout: float) -> None:
-    """A random BERT of MiniLM's size, and a tokenizer of one token per word."""
+    """A random BERT of MiniLM's size with its tokenizer."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -120,6 +120,11 @@ def save_teacher(folder: Path, dropout: float) -> None:
         num_labels=2,
     )
     BertForSequenceClassification(config).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of one token per word of `write_rows`."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = special + [f"w{number}" for number in range(VOCABULARY - len(special))]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))

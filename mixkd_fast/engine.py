@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.profiler import record_function
 
 from mixkd_fast import distributed
 from mixkd_fast.build_locks import without_dead_locks
@@ -136,16 +137,19 @@ class Engine:
         scale = distributed.world_size() * len(batches) / batch_size
         record = StepRecord(moment.step, batch_size)
         for batch in batches:
-            terms, record.names = self._engine(batch, moment)
+            with record_function("mixkd_fast::forward"):
+                terms, record.names = self._engine(batch, moment)
             rows = terms.detach()
             record.terms.append(rows)
             record.row_ids.append(batch.row_ids[: batch.num_rows])
             # NaN in every gradient of a row that is not finite, so that no rank applies this step; nobody waits here.
             poison = torch.where(torch.isfinite(rows).all(), scale, math.nan)
-            self._engine.backward((terms * poison).sum())
+            with record_function("mixkd_fast::backward"):
+                self._engine.backward((terms * poison).sum())
             if batch is not batches[-1]:
                 self._engine.step()
-        record.grad_norm, record.applied = self._update()
+        with record_function("mixkd_fast::optimizer"):
+            record.grad_norm, record.applied = self._update()
         self._records.add(record)
         if not self._guards_itself or bool(record.applied):
             self._module.method.after_step(self._module.student, self._module.extras, moment)

@@ -1,6 +1,7 @@
 """The teacher as the methods see it: frozen, in its own precision, its logits of clean rows kept for later epochs."""
 
 import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.profiler import record_function
 
 from mixkd_fast import distributed
 from mixkd_fast.configuration import Config
@@ -32,6 +34,8 @@ class FrozenTeacher:
         """Args: digest = gives the hash of the weights, if it comes to that."""
         self._teacher, self._digest = teacher, digest
         self._store: TeacherStore | None = None
+        self.kept: dict[str, float] | None = None
+        """How many rows' logits are kept, how many of them this run computed, and in how many seconds."""
 
     @property
     def model(self) -> nn.Module:
@@ -81,6 +85,7 @@ class FrozenTeacher:
         store = TeacherStore.open(folder, key, len(rows), num_classes, limit)
         if store is None:
             return
+        started = time.perf_counter()
         missing = self._fill(store, rows, plan)
         # The disk may have lost rows, or another program removed them, since they were written.
         if _missing(store).size:
@@ -90,6 +95,7 @@ class FrozenTeacher:
         how = f"{missing:,} of them computed now" if missing else "all of them kept already"
         distributed.say(f"teacher's logits of {len(rows):,} training rows: {how}; {folder / key}")
         self._store = store
+        self.kept = {"rows": len(rows), "computed": missing, "seconds": time.perf_counter() - started}
 
     def _key(self, config: Config, rows: TokenRows) -> str:
         """What the logits depend on: weights, rows, and how they are computed."""
@@ -122,7 +128,8 @@ class FrozenTeacher:
     def _run(self, name: str, batch: Batch, *arguments: Any, **options: Any) -> Any:
         forward = getattr(self._teacher, name)
         # Its own precision, also where the student around it runs under autocast.
-        with torch.no_grad(), torch.autocast(batch.input_ids.device.type, enabled=False):
+        device = batch.input_ids.device.type
+        with record_function("mixkd_fast::teacher"), torch.no_grad(), torch.autocast(device, enabled=False):
             if options or isinstance(self._teacher, ShardedTeacher):
                 return forward(batch, *arguments, **options)
             with torch.inference_mode():

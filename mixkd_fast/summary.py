@@ -94,6 +94,7 @@ def _teacher_summary(run: Run) -> dict[str, Any] | None:
         "model": run.config.teacher.model,
         "parameters": count_parameters(model),
         "metrics": run.teacher_metrics,
+        "kept_logits": run.parts.teacher.kept,
         **describe_model(model),
     }
 

@@ -1,0 +1,243 @@
+"""Whole training steps against plain PyTorch: python -m benchmarks train_step [--device cpu|cuda] [--json FILE]
+
+Arms run in processes of their own, in turn, round after round, so that each meets the same machine; see
+`train_arms.py` for what they are. mixkd_fast is timed over all epochs with the building of its teacher store. The
+textbook arm, whose steps are all alike, is timed over fewer steps. A separate check compares the losses of the arms on
+identical batches.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification
+
+from benchmarks.plan_check import save_tokenizer, write_rows
+from benchmarks.train_report import markdown, plot
+from mixkd_fast.planning.flops import EncoderShape, forward_flops
+from mixkd_fast.planning.hardware import GPUS
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {
+    # width, layers, heads, feed-forward, student layers
+    "minilm": (384, 6, 12, 1536, 3),
+    "bert-base": (768, 12, 12, 3072, 6),
+    "bert-large": (1024, 24, 16, 4096, 6),
+}
+ARMS = ("textbook", "tuned", "tuned_compiled", "mixkd_fast")
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+"""How far the losses of the arms may differ on the same batches, relative: fp32 without dropout; bf16 against fp32."""
+
+
+def main(arguments: list[str], facts: dict[str, Any]) -> None:
+    """Run the benchmark. Args: facts = commit, versions, device, for the report."""
+    options = _options(arguments)
+    models = options.models.split(",") if options.models else (["minilm"] if options.device == "cpu" else list(SIZES))
+    results = [measure(name, options) for name in models]
+    report = {"command": facts.pop("command"), **facts, "tolerance": TOLERANCE, "results": results}
+    text = markdown(report)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        options.json.with_suffix(".md").write_text(text, encoding="utf-8")
+        plot(report, options.json.with_suffix(".svg"))
+    print(text)
+    if any(not result["agreement"]["agrees"] for result in results):
+        sys.exit("the losses of the arms differ by more than the tolerance: the times mean nothing")
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All arms on models of one size."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(name, Path(folder), options)
+        agreement = compare_losses(job)
+        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+        order, shuffle = list(ARMS), random.Random(0)
+        for number in range(options.rounds):
+            shuffle.shuffle(order)
+            for arm in order:
+                # Compiling takes minutes: once shows it.
+                if arm != "tuned_compiled" or number == 0:
+                    runs[arm].append(run_arm(arm, job))
+        parts = run_arm("mixkd_fast", job | {"profile": 24})["parts_ms"]
+        peak = peak_flops(options.device)
+        arms = {arm: summarise(arm, runs[arm], job, peak) for arm in ARMS if runs[arm]}
+    keys = ("rows", "batch_size", "epochs", "max_length", "textbook_steps", "threads")
+    return {
+        "model": name,
+        "teacher_layers": SIZES[name][1],
+        "student_layers": SIZES[name][4],
+        "job": {key: job[key] for key in keys},
+        "peak_flops": peak,
+        "agreement": agreement,
+        "arms": arms,
+        "parts_ms": parts,
+    }
+
+
+def make_job(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Models of random weights and rows of random words with MNLI's lengths, on disk."""
+    width, layers, heads, inner, student_layers = SIZES[name]
+    config = BertConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner, num_labels=2
+    )  # fmt: skip
+    torch.manual_seed(0)
+    teacher = BertForSequenceClassification(config)
+    with torch.no_grad():
+        teacher.classifier.weight.mul_(20)  # so that its answers differ
+    student_config = BertConfig(**{**config.to_dict(), "num_hidden_layers": student_layers})
+    student = BertForSequenceClassification(student_config)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    for which, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(folder / which)
+        save_tokenizer(folder / which)
+    write_rows(folder / "train.jsonl", options.rows, seed=1)
+    write_rows(folder / "validation.jsonl", 32, seed=2)
+    return {
+        "device": options.device,
+        "teacher": str(folder / "teacher"),
+        "student": str(folder / "student"),
+        "train": str(folder / "train.jsonl"),
+        "validation": str(folder / "validation.jsonl"),
+        "work": str(folder),
+        "rows": options.rows,
+        "batch_size": options.batch_size,
+        "epochs": options.epochs,
+        "max_length": 128,
+        "textbook_steps": options.textbook_steps,
+        "warmup_steps": 3,
+        "threads": options.threads,
+        "training": {"compile": "dynamic"} if options.device == "cuda" else {},
+        "shape": [width, layers, heads, inner, student_layers],
+    }
+
+
+def run_arm(arm: str, job: dict[str, Any]) -> dict[str, Any]:
+    """One arm in a new process."""
+    job_file, output = Path(job["work"]) / "job.json", Path(job["work"]) / "result.json"
+    job_file.write_text(json.dumps(job))
+    print(f"{time.strftime('%H:%M:%S')} {arm}{' profile' if job.get('profile') else ''}", file=sys.stderr, flush=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "KINETO_LOG_LEVEL": "99"}
+    command = [sys.executable, "-m", "benchmarks.train_arms", arm, str(job_file), str(output)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{arm} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(output.read_text())
+    return result
+
+
+def compare_losses(job: dict[str, Any]) -> dict[str, Any]:
+    """The loss of identical batches, no dropout: written-out PyTorch in fp32, and this project's in fp32 and bf16."""
+    from benchmarks.train_arms import load_models, load_rows, mixkd_loss, pad
+    from mixkd_fast.data.batching import Padding, micro_batches
+    from mixkd_fast.data.planned_batches import PlannedBatches
+    from mixkd_fast.engine import DistillationModule
+    from mixkd_fast.frozen_teacher import FrozenTeacher
+    from mixkd_fast.methods import MixKD, Moment
+    from mixkd_fast.models import Encoder
+
+    rows, (teacher, student) = load_rows(job), load_models(job)
+    student.eval()
+    method = MixKD(kd_weight=1.0)
+    stream = PlannedBatches(rows.lengths, job["batch_size"], 0, method)
+    encoders = [Encoder(teacher), Encoder(student)]
+    for encoder in encoders:
+        assert encoder.fuse() == ""
+    module = DistillationModule(encoders[1], FrozenTeacher(encoders[0], str), None, method)
+    differences: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    for step in range(3):
+        (batch,) = micro_batches(rows, stream.draw(step), 0, 1, job["batch_size"], Padding(0))
+        batch = batch.to(job["device"])
+        assert batch.partner is not None and batch.lam is not None
+        with torch.no_grad():
+            padded = pad(rows, batch.row_ids[: batch.num_rows].numpy(), job["max_length"], job["device"])
+            truth = float(mixkd_loss(teacher, student, padded, batch.partner, batch.lam))
+            for precision in differences:
+                module.autocast = precision == "bf16"
+                terms, _ = module(batch, Moment(step, 3, 0.0))
+                differences[precision].append(abs(float(terms.mean(1).sum()) - truth) / abs(truth))
+    largest = {precision: max(values) for precision, values in differences.items()}
+    agrees = all(value <= TOLERANCE[precision] for precision, value in largest.items())
+    return {"largest_relative_difference": largest, "agrees": agrees}
+
+
+def summarise(arm: str, runs: list[dict[str, Any]], job: dict[str, Any], peak: float) -> dict[str, Any]:
+    """Medians over the rounds."""
+
+    def rate(run: dict[str, Any], key: str) -> float:
+        seconds = sum(epoch["seconds"] for epoch in run["epochs"]) + run["store_seconds"]
+        return float(sum(epoch[key] for epoch in run["epochs"]) / seconds)
+
+    samples = [rate(run, "rows") for run in runs]
+    per_epoch = [[epoch["rows"] / epoch["seconds"] for epoch in run["epochs"]] for run in runs]
+    return {
+        "samples_per_s": statistics.median(samples),
+        "all_samples_per_s": samples,
+        "tokens_per_s": statistics.median(rate(run, "tokens") for run in runs),
+        "epoch_samples_per_s": [statistics.median(values) for values in zip(*per_epoch, strict=True)],
+        "store_seconds": statistics.median(run["store_seconds"] for run in runs),
+        "peak_mib": max(run["peak_mib"] for run in runs),
+        "mfu": statistics.median(samples) * flops_per_row(arm, job) / peak,
+    }
+
+
+def flops_per_row(arm: str, job: dict[str, Any]) -> float:
+    """Matrix FLOPs of real tokens of one row and its mixed row, mean over an epoch; only what the arm computes.
+
+    A mixed row is as long as the longer of its pair. The backward takes twice the forward's. mixkd_fast runs the
+    teacher on a clean row once in all epochs, and every last layer for the first token only.
+    """
+    lines = Path(job["train"]).read_text().splitlines()
+    lengths = np.array([json.loads(line)["sentence"].count(" ") + 3 for line in lines])
+    partners = np.random.default_rng(0).permutation(lengths)
+    # With batches of like length a partner is as long as the row.
+    mixed = np.maximum(lengths, partners) if arm == "textbook" else lengths
+    lean = arm == "mixkd_fast"
+
+    def flops(which: str, rows: "np.ndarray[Any, Any]") -> float:
+        config = AutoConfig.from_pretrained(job[which])
+        return forward_flops(EncoderShape.of(config), rows, first_token_only=lean) / len(rows)
+
+    clean_teacher = flops("teacher", lengths) / (job["epochs"] if lean else 1)
+    return clean_teacher + flops("teacher", mixed) + 3 * (flops("student", lengths) + flops("student", mixed))
+
+
+def peak_flops(device: str) -> float:
+    """bf16 FLOP/s: published for a GPU in the table of `mixkd-fast plan`; measured by a large product on the CPU."""
+    if device == "cuda":
+        name = torch.cuda.get_device_properties(0).name
+        found = next((entry for key, entry in GPUS.items() if key in name), None)
+        if found is None:
+            sys.exit(f"no published peak for {name}")
+        return found.flops_per_s["bf16"]
+    matrix = torch.randn(2048, 2048).to(torch.bfloat16)
+    best = float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - started)
+    return 2 * 2048**3 / best
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks train_step", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, help="file of the results; .md and .svg are written beside it")
+    parser.add_argument("--models", help=f"comma separated, of {', '.join(SIZES)} (default: minilm; all on a GPU)")
+    parser.add_argument("--rows", type=int, default=2048, help="training rows")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--textbook-steps", type=int, default=8, help="steps of the textbook arm that are timed")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    return parser.parse_args(arguments)
