@@ -113,6 +113,8 @@ class Teacher(Section):
     """ZeRO-3 only: parameters rest in CPU memory or on NVMe."""
     precision: Precision | None = None
     """null takes training.precision."""
+    quantization: Literal["int8"] | None = None
+    """int8: linear layers with 8-bit weights, activations quantised as they come (CPU, zero_stage 0)."""
     store: bool = True
     """Keep the logits of clean training rows on disk and read them, where a run of several epochs needs them."""
     store_dir: str | None = None
@@ -128,6 +130,11 @@ class Teacher(Section):
     def _consistent(self) -> "Teacher":
         if self.offload is not None and self.zero_stage != 3:
             raise ValueError(f"offload needs zero_stage 3, and zero_stage is {self.zero_stage}")
+        if self.quantization is not None and (self.zero_stage != 0 or self.precision not in (None, "fp32")):
+            raise ValueError(
+                f'quantization "{self.quantization}" needs zero_stage 0 and no precision but fp32; they are '
+                f"{self.zero_stage} and {self.precision}"
+            )
         return self
 
 
@@ -204,6 +211,8 @@ class Training(Section):
     """Arithmetic of the student (and of the teacher, unless it says otherwise)."""
     fused_encoder: bool = True
     """Compute BERT-like models by a forward that leaves out what the classifier does not see; others are unaffected."""
+    unpadded: bool = False
+    """Leave padding out of the fused layers on a GPU (bf16 or fp16; the student's attention dropout must be 0)."""
     compile: Literal["off", "dynamic", "shapes"] = "off"
     """torch.compile of the fused layers: once for all shapes, or once per padded width with CUDA graphs on a GPU."""
     prefetch: Annotated[int, Field(ge=0, le=64)] = 2

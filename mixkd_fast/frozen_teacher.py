@@ -99,13 +99,10 @@ class FrozenTeacher:
 
     def _key(self, config: Config, rows: TokenRows) -> str:
         """What the logits depend on: weights, rows, and how they are computed."""
-        precision = config.teacher.precision if config.teacher is not None else None
-        facts = (
-            self._digest(),
-            rows.content_hash,
-            precision or config.training.precision,
-            config.training.fused_encoder,
-        )
+        section, training = config.teacher, config.training
+        assert section is not None
+        how = (section.precision or training.precision, section.quantization, training.fused_encoder)
+        facts = (self._digest(), rows.content_hash, *how)
         return hashlib.sha256(repr((_FORMAT, *facts)).encode()).hexdigest()
 
     def _fill(self, store: TeacherStore, rows: TokenRows, plan: EvaluationPlan) -> int:

@@ -4,7 +4,8 @@ The mathematics is the model's; what differs is the work:
 - clean and mixed rows go through the layers together, their embeddings made by one `mix_embeddings`;
 - the classifier sees the first token only, so the last layer computes keys and values of all tokens and everything
   else of that one;
-- queries, keys and values come from one matrix product; on a GPU without padding, if the batch says where tokens are.
+- queries, keys and values come from one matrix product;
+- without padding, if asked for: the tokens of all rows in one row of tokens, with attention of variable length.
 
 Legend of shape suffixes: R rows of ids, B clean rows, M mixed rows, O rows of the forward, L positions, T tokens that
 are not padding, H width, h heads, C classes.
@@ -25,6 +26,7 @@ from mixkd_fast.encoder_tables import table_of
 from mixkd_fast.mix import mix_embeddings, mixed_attention_mask, positions_of
 from mixkd_fast.mixing import Mixing
 from mixkd_fast.ops.dropout import dropout
+from mixkd_fast.packed_attention import PackedRows, attend_packed, can_attend, pack
 
 if TYPE_CHECKING:
     from mixkd_fast.data.batching import Batch
@@ -73,7 +75,11 @@ class FusedEncoder:
     def __init__(self, model: nn.Module, parts: EncoderParts) -> None:
         self._model, self.parts = model, parts
         self._layers: Callable[..., Tensor] = run_layers
+        self._packed_layers: Callable[..., Tensor] = run_packed_layers
         self._kept: tuple[tuple[object, ...], list[LayerWeights]] | None = None
+
+    unpadded = False
+    """Leave padding out of every layer where that can be done: half precision on a GPU, no dropout of attention."""
 
     def why_not_now(self) -> str:
         """What keeps the model from being computed here at this moment, or ""."""
@@ -82,6 +88,7 @@ class FusedEncoder:
     def compile(self, *, dynamic: bool, mode: str | None = None) -> None:
         """Let torch.compile make the layers: once for any shape (dynamic), or once for each shape."""
         self._layers = torch.compile(run_layers, dynamic=dynamic, mode=mode)
+        self._packed_layers = torch.compile(run_packed_layers, dynamic=True)
 
     def __call__(self, batch: Batch, mixing: Mixing | None, include_clean: bool, token_types: Tensor | None) -> Logits:
         """Logits of the clean rows (mixing None), of the mixed rows, or of both, clean ones first.
@@ -103,10 +110,19 @@ class FusedEncoder:
             if parts.projection is not None:
                 hidden = F.linear(hidden, parts.projection.weight.to(dtype), _cast(parts.projection.bias, dtype))
             options = [_options(layer, training) for layer in parts.layers]
+            lengths = _lengths(batch, num_mixed, include_clean)
+            if self.unpadded and lengths is not None and can_attend(hidden, options):
+                tokens, rows = pack(hidden, lengths)
+                first = self._packed_layers(tokens, rows, self._weights(dtype), options)
+                return Logits(self._answer(first, dtype, autocast))
             bias = torch.zeros(mask_OL.shape, dtype=dtype, device=hidden.device)
             bias = bias.masked_fill_(mask_OL == 0, torch.finfo(dtype).min)
             first = self._layers(hidden, bias, self._weights(dtype), options)
-        return Logits(parts.head(first))
+            return Logits(self._answer(first, dtype, autocast))
+
+    def _answer(self, first: Tensor, dtype: torch.dtype, autocast: bool) -> Tensor:
+        # The head costs nothing, and bf16 logits would cost three digits: fp32 where its weights are.
+        return self.parts.head(first.float() if autocast else first)
 
     def _embed(
         self, batch: Batch, mixing: Mixing | None, num_mixed: int, include_clean: bool, types: Tensor | None
@@ -171,6 +187,11 @@ def _layer(hidden: Tensor, bias: Tensor, weight: LayerWeights, option: LayerOpti
         joint = F.linear(hidden, weight.qkv_weight, weight.qkv_bias)
         query, key, value = joint.view(rows, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
     attended = _attention(query, key, value, bias, option.attention_dropout)
+    return _after_attention(hidden, attended, weight, option)
+
+
+def _after_attention(hidden: Tensor, attended: Tensor, weight: LayerWeights, option: LayerOptions) -> Tensor:
+    """The layer from its attention on, token by token: add and norm, feed-forward, add and norm."""
     update = F.linear(attended, weight.attention_weight, weight.attention_bias)
     update = dropout(update, option.attention_output_dropout)
     hidden = _norm(hidden + update, weight.attention_norm_weight, weight.attention_norm_bias, option.attention_eps)
@@ -197,8 +218,44 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, probabil
     return attended.transpose(1, 2).reshape(rows, num_queries, heads * width)
 
 
+def run_packed_layers(
+    hidden_TH: Tensor, rows: PackedRows, weights: list[LayerWeights], options: list[LayerOptions]
+) -> Tensor:
+    """All layers on tokens without padding, the last for the first token of each row only -> [O, 1, H]."""
+    last = len(weights) - 1
+    for number, (weight, option) in enumerate(zip(weights, options, strict=True)):
+        hidden_TH = _packed_layer(hidden_TH, rows, weight, option, first_token_only=number == last)
+    return hidden_TH[:, None]
+
+
+def _packed_layer(
+    hidden: Tensor, rows: PackedRows, weight: LayerWeights, option: LayerOptions, first_token_only: bool
+) -> Tensor:
+    width, heads = hidden.shape[1], option.num_heads
+    if first_token_only:
+        keys_values = F.linear(hidden, weight.qkv_weight[width:], weight.qkv_bias[width:])
+        key, value = keys_values.view(-1, 2, heads, width // heads).unbind(1)
+        hidden = hidden[rows.starts[:-1].long()]
+        query = F.linear(hidden, weight.qkv_weight[:width], weight.qkv_bias[:width]).view(-1, heads, width // heads)
+    else:
+        joint = F.linear(hidden, weight.qkv_weight, weight.qkv_bias)
+        query, key, value = joint.view(-1, 3, heads, width // heads).unbind(1)
+    attended = attend_packed(query, key, value, rows, first_token_only).reshape(-1, width)
+    return _after_attention(hidden, attended, weight, option)
+
+
 def _norm(values: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(values, weight.shape, weight, bias, eps)
+
+
+def _lengths(batch: Batch, num_mixed: int, include_clean: bool) -> Tensor | None:
+    """Tokens of every row of the forward, int64 [O] on the CPU, if the batch knows them."""
+    if batch.row_lengths is None or (num_mixed and batch.mixed_lengths is None):
+        return None
+    parts = [batch.row_lengths[: batch.num_rows]] if include_clean else []
+    if num_mixed and batch.mixed_lengths is not None:
+        parts.append(batch.mixed_lengths)
+    return torch.cat(parts)
 
 
 def _attention_mask(batch: Batch, num_mixed: int, include_clean: bool) -> Tensor:

@@ -6,6 +6,7 @@ model), or from random weights.
 
 import copy
 import difflib
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -52,6 +53,7 @@ __all__ = [
     "load_tokenizer",
     "max_positions",
     "num_layers",
+    "quantize",
     "teacher_source",
     "word_embedding_size",
 ]
@@ -131,6 +133,17 @@ def load_student_encoder(
     encoder = Encoder(model)
     check_mixing(encoder)
     return encoder, notes
+
+
+def quantize(model: nn.Module) -> nn.Module:
+    """A copy whose linear layers have 8-bit weights and quantise their inputs as they come (torch.ao, CPU only)."""
+    with warnings.catch_warnings():
+        # torch names torchao as its successor, which needs packages of its own for the CPU.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        from torch.ao.quantization import quantize_dynamic
+
+        quantized: nn.Module = quantize_dynamic(model.float(), {nn.Linear}, dtype=torch.qint8)
+    return quantized.eval()
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from mixkd_fast.models import (
     load_student_encoder,
     load_teacher_encoder,
     load_tokenizer,
+    quantize,
     teacher_source,
 )
 from mixkd_fast.teacher import (
@@ -205,7 +206,8 @@ def _teacher(
 ) -> FrozenTeacher:
     section = config.teacher
     assert section is not None
-    precision = section.precision or config.training.precision
+    # Quantisation starts from fp32 weights.
+    precision = section.precision or ("fp32" if section.quantization else config.training.precision)
     if loaded.teacher is not None:
         check_num_labels(loaded.teacher.config, spec.num_labels, spec.label_names)
         encoder = Encoder(loaded.teacher.eval().requires_grad_(False))
@@ -215,7 +217,7 @@ def _teacher(
             digest = store_key(encoder.model, "") if section.store else ""  # while it is whole
             sharded = shard_loaded_teacher(section, encoder, precision, arithmetic.micro_batch_size)
             return FrozenTeacher(sharded, lambda: digest)
-        return _whole_teacher(config, encoder.to(device))
+        return _whole_teacher(config, encoder, device)
     source = teacher_source(section)
     check_max_length(source.config, config.task.max_length, "teacher")
     check_num_labels(source.config, spec.num_labels, spec.label_names)
@@ -225,10 +227,18 @@ def _teacher(
         return FrozenTeacher(sharded, lambda: store_key_of_files(source.files, source.config.to_json_string()))
     encoder = load_teacher_encoder(section, spec.num_labels, spec.kind, spec.label_names, precision)
     check_vocabulary(encoder.model, tokenizer, "teacher")
-    return _whole_teacher(config, encoder.to(device))
+    return _whole_teacher(config, encoder, device)
 
 
-def _whole_teacher(config: Config, encoder: Encoder) -> FrozenTeacher:
+def _whole_teacher(config: Config, encoder: Encoder, device: torch.device) -> FrozenTeacher:
+    if config.teacher is not None and config.teacher.quantization is not None:
+        if device.type != "cpu":
+            raise ConfigurationError(
+                f'teacher.quantization = "{config.teacher.quantization}" runs on the CPU only, and this is {device}; '
+                "leave it out"
+            )
+        encoder = Encoder(quantize(encoder.model))
+    encoder = encoder.to(device)
     fuse(encoder, config.training)
     return FrozenTeacher(encoder, lambda: store_key(encoder.model, ""))
 
@@ -238,6 +248,8 @@ def fuse(encoder: Encoder, training: Training) -> str:
     if not training.fused_encoder:
         return "training.fused_encoder is false"
     reason = encoder.fuse()
+    if encoder.fused is not None:
+        encoder.fused.unpadded = training.unpadded
     if encoder.fused is not None and training.compile != "off":
         shapes = training.compile == "shapes"
         graphs = shapes and next(encoder.model.parameters()).device.type == "cuda"

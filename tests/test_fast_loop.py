@@ -27,7 +27,8 @@ def train(folder: Path, teacher: Path, name: str, training: dict[str, Any] | Non
     method = sections.pop("method", METHOD)
     stored = sections.pop("store", True)
     return distill(
-        teacher={"model": str(teacher), "store": stored, "store_dir": str(folder / "store")},
+        teacher=sections.pop("teacher_section", None)
+        or {"model": str(teacher), "store": stored, "store_dir": str(folder / "store")},
         student={"num_layers": 2},
         train=Dataset.from_dict(toy_rows(96, 1)),
         evaluation=Dataset.from_dict(toy_rows(24, 2)),

@@ -194,3 +194,50 @@ def test_compiled_layers_serve_every_shape_with_few_compilations() -> None:
         torch.testing.assert_close(clean.logits, eager[0].logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(mixed.logits, eager[1].logits, rtol=1e-4, atol=1e-4)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("mixed_rows", [1, 2])
+@every_fused
+def test_without_padding_nothing_changes(family: str, mixed_rows: int) -> None:
+    """Logits and gradients of the packed layers, with lam = 0 and 1 among the pairs, whose mixed rows are shorter."""
+    padded, packed = double_pair(family)
+    other = tiny_encoder(family).double()
+    assert other.fuse() == "" and other.fused is not None
+    other.fused.unpadded = True
+    lam = torch.tensor((0.3, 1.0, 0.0, 0.6, 0.2, 0.9)[: 3 * mixed_rows])
+    partner = torch.tensor((2, 0, 3, 3, 1, 1)[: 3 * mixed_rows])
+    batch = tiny_batch(padded.config, num_rows=3, partner=partner.tolist(), lam=lam.tolist(), width=14)
+    lengths = torch.tensor((9, 5, 7, 12))
+    own = lengths[:3].repeat(mixed_rows)
+    mixed_lengths = torch.maximum(own * (lam > 0), lengths[partner] * (lam < 1))
+    batch = double(replace(batch, row_lengths=lengths, mixed_lengths=mixed_lengths))
+    results = []
+    for encoder in (packed, other):
+        clean, mixed = encoder.both(batch, Mixing(mixed_rows=mixed_rows))
+        (clean.logits.square().sum() + 2 * mixed.logits.square().sum()).backward()
+        results.append((clean.logits, mixed.logits, encoder.clean(batch).logits, encoder.mixed(batch, Mixing()).logits))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+    expected, found = gradients(packed.model), gradients(other.model)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_batches_know_the_lengths_that_masks_have() -> None:
+    from test_batching import PADDING, make_rows
+
+    from mixkd_fast.data.batching import GlobalBatches, Padding, micro_batches
+    from mixkd_fast.mix import mixed_attention_mask
+
+    rows = make_rows(60)
+    draw = GlobalBatches(60, 16, seed=0, mixing=Mixing(mixed_rows=2)).draw(0)
+    assert draw.lam is not None
+    draw.lam[:3] = 1.0, 0.0, 1.0
+    for batch in micro_batches(rows, draw, 0, 1, 8, PADDING):
+        assert batch.partner is not None and batch.lam is not None
+        assert batch.row_lengths is not None and batch.mixed_lengths is not None
+        assert torch.equal(batch.row_lengths, batch.attention_mask.sum(1))
+        mask = mixed_attention_mask(batch.attention_mask, batch.partner, batch.lam, batch.num_rows)
+        assert torch.equal(batch.mixed_lengths, mask.sum(1))
+    left = micro_batches(rows, draw, 0, 1, 8, Padding(999, "left"))[0]
+    assert left.row_lengths is None and left.mixed_lengths is None

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from mixkd_fast.data.tokenization import TokenRows
 from mixkd_fast.errors import ConfigurationError, ModelError
+from mixkd_fast.mix import first_rows
 from mixkd_fast.mixing import Mixing, draw_lam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ON_HOST = ("row_ids", "row_lengths", "mixed_lengths")
 # One stream of random numbers per purpose: an option that draws more of one kind leaves the others alone.
 _ORDER, _PARTNERS, _LAM = 0, 1, 2
 
@@ -55,12 +57,16 @@ class Batch:
     """Tokens of the clean rows."""
     teacher_logits: Tensor | None = None
     """float32 [B, C]: the teacher's logits of the clean rows, where a store has them."""
+    row_lengths: Tensor | None = None
+    """int64 [R], on the CPU: tokens of each row; None where padding is not on the right."""
+    mixed_lengths: Tensor | None = None
+    """int64 [M], on the CPU: positions that a mixed row keeps; None where row_lengths is."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with every tensor on `device`, but for row_ids, which nothing on a device asks for."""
+        """The same batch with every tensor on `device`, but for row_ids and lengths, which the host asks for."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
-            if isinstance(value, Tensor) and name != "row_ids":
+            if isinstance(value, Tensor) and name not in _ON_HOST:
                 values[name] = value.to(device, non_blocking=non_blocking)
         return Batch(**values)
 
@@ -209,6 +215,11 @@ def micro_batches(
         batch = _collate(rows, np.concatenate([row_ids, np.array(extra, dtype=np.int64)]), size, padding)
         batch.partner = torch.tensor([place[row_id] for row_id in partner_ids_M.tolist()], dtype=torch.int64)
         batch.lam = torch.from_numpy(np.ascontiguousarray(lam_M))
+        if batch.row_lengths is not None:
+            own = first_rows(batch.row_lengths, len(batch.lam), size)
+            other = batch.row_lengths[batch.partner]
+            # As `mixed_attention_mask`: a row of weight 0 keeps nothing.
+            batch.mixed_lengths = torch.maximum(own * (batch.lam > 0), other * (batch.lam < 1))
         batches.append(batch)
     return batches
 
@@ -296,6 +307,7 @@ def _collate(rows: TokenRows, row_ids_R: NDArray[np.int64], num_rows: int, paddi
         lam=None,
         num_rows=num_rows,
         num_tokens=int(lengths_R[:num_rows].sum()),
+        row_lengths=None if padding.side == "left" else torch.from_numpy(lengths_R),
     )
 
 

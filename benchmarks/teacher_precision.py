@@ -1,0 +1,70 @@
+"""What bf16 and int8 do to a teacher on this CPU: python -m benchmarks.teacher_precision [--teacher FOLDER]
+
+Rows per second of its clean forward over the demo's validation rows, and how far its answers are from fp32's: share of
+rows with the same answer, mean KL, accuracy. The demo's own teacher by default.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.special import log_softmax
+
+from mixkd_fast.configuration import Task, Teacher
+from mixkd_fast.data.batching import Padding
+from mixkd_fast.data.loading import load_splits
+from mixkd_fast.data.tokenization import tokenize_rows
+from mixkd_fast.evaluation import EvaluationPlan, Logits, predict
+from mixkd_fast.frozen_teacher import FrozenTeacher
+from mixkd_fast.models import Encoder, load_teacher_encoder, load_tokenizer, quantize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="mixkd_fast/data/demo/teacher")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--task", default="demo")
+    parser.add_argument("--file", help="Parquet or JSONL rows of a task other than the demo")
+    options = parser.parse_args()
+    files = {} if options.file is None else {"train_files": [options.file], "evaluation_files": {"it": [options.file]}}
+    splits = load_splits(Task(name=options.task, max_length=128, **files), None, None)
+    tokenizer = load_tokenizer(options.teacher, None, False, "teacher.model")
+    rows = tokenize_rows(next(iter(splits.evaluation.values())), tokenizer, 128, None)
+    plan = EvaluationPlan(64, Padding.of(tokenizer), torch.device("cpu"), list(splits.spec.metrics))
+    teachers = {name: FrozenTeacher(_encoder(name, options.teacher, splits.spec.num_labels), str) for name in
+                ("fp32", "bf16", "int8")}  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in teachers}
+    logits: dict[str, Logits] = {}
+    for number in range(options.rounds + 1):
+        for name, teacher in teachers.items():
+            started = time.perf_counter()
+            logits[name], _ = predict(rows, plan, lambda batch, which=teacher: which.clean(batch).logits)  # type: ignore[misc]
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    truth, labels = log_softmax(logits["fp32"], 1), np.asarray(rows.labels)
+    print("| precision | rows/s | same answer as fp32, % | KL to fp32 | accuracy, % |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, values in logits.items():
+        own = log_softmax(values, 1)
+        agreement = 100 * float((values.argmax(1) == logits["fp32"].argmax(1)).mean())
+        divergence = float((np.exp(truth) * (truth - own)).sum(1).mean())
+        accuracy = 100 * float((values.argmax(1) == labels).mean())
+        rate = len(rows) / statistics.median(seconds[name])
+        print(f"| {name} | {rate:,.0f} | {agreement:.2f} | {divergence:.1e} | {accuracy:.2f} |")
+
+
+def _encoder(name: str, folder: str, num_labels: int) -> Encoder:
+    encoder = load_teacher_encoder(
+        Teacher(model=str(Path(folder))), num_labels, "classification", None, "bf16" if name == "bf16" else "fp32"
+    )
+    if name == "int8":
+        return Encoder(quantize(encoder.model))
+    encoder.fuse()
+    return encoder
+
+
+if __name__ == "__main__":
+    main()
