@@ -50,6 +50,8 @@ gpu-check: venv  ## on a machine with an NVIDIA GPU: build the CUDA ops, test ev
 	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q \
 	    tests/test_cuda_*.py -k "not capture and not 2_to_the_31"; fi
 	$(BIN)/python -m benchmarks all --device cuda --json runs/gpu/ops.json
+	$(BIN)/python -m benchmarks.deepspeed_overhead --device cuda | tee runs/gpu/deepspeed_overhead.json
+	$(BIN)/python -m benchmarks train_step --device cuda --json runs/gpu/train_step.json
 
 venv:
 	@$(PYTHON) .ci/make_venv.py

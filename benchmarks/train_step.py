@@ -69,7 +69,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 # Compiling takes minutes: once shows it.
                 if arm != "tuned_compiled" or number == 0:
                     runs[arm].append(run_arm(arm, job))
-        parts = run_arm("mixkd_fast", job | {"profile": 24})["parts_ms"]
+        parts = run_arm("mixkd_fast", job | {"profile": 48})["parts_ms"]
         peak = peak_flops(options.device)
         arms = {arm: summarise(arm, runs[arm], job, peak) for arm in ARMS if runs[arm]}
     keys = ("rows", "batch_size", "epochs", "max_length", "textbook_steps", "threads")
