@@ -100,3 +100,21 @@ def test_what_cannot_be_planned_is_refused() -> None:
         stream(16, 4)
     with pytest.raises(ValueError, match='tokens_per_micro_batch needs batching "length"'):
         Training(tokens_per_micro_batch=96)
+
+
+def test_two_threads_in_different_epochs_get_what_one_gets() -> None:
+    """The loop asks for rows and epochs of a step while the next batches are made elsewhere."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone, shared = stream(), stream()
+    steps = alone.steps_in(6)
+    expected = [(alone.draw(step).row_ids.tolist(), alone.rows_seen(step), alone.epoch(step)) for step in range(steps)]
+
+    def ask(order: range) -> list[tuple[list[int], int, float]]:
+        return [(shared.draw(step).row_ids.tolist(), shared.rows_seen(step), shared.epoch(step)) for step in order]
+
+    with ThreadPoolExecutor(4) as pool:
+        orders = [range(steps), range(steps - 1, -1, -1), range(steps), range(steps - 1, -1, -1)]
+        found = list(pool.map(ask, orders))
+    for order, answers in zip(orders, found, strict=True):
+        assert answers == [expected[step] for step in order]

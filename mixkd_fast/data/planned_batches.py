@@ -5,6 +5,7 @@ As `GlobalBatches`, a pure function of (seed, step), so that a resumed run and a
 
 import bisect
 import math
+import threading
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,8 @@ class PlannedBatches:
         self._window, self._pad_multiple = window, pad_multiple
         self._tokens, self._group_size = tokens_per_micro_batch, 1 if tokens_per_micro_batch is None else micro_batches
         self._plans: dict[int, BatchPlan] = {}
+        # The loop and the thread that makes its batches ahead may be in different epochs.
+        self._lock = threading.RLock()
         self._first_steps, self._first_rows = [0], [0]
         if self._steps_of(0) == 0:
             raise ConfigurationError(
@@ -82,18 +85,23 @@ class PlannedBatches:
         return epoch, (step - self._first_steps[epoch]) * self._group_size
 
     def _reach_epoch(self, epoch: int) -> None:
-        while len(self._first_steps) <= epoch:
-            last = len(self._first_steps) - 1
-            self._first_steps.append(self._first_steps[last] + self._steps_of(last))
-            self._first_rows.append(self._first_rows[last] + len(self._plan(last).order))
+        with self._lock:
+            while len(self._first_steps) <= epoch:
+                last = len(self._first_steps) - 1
+                self._first_rows.append(self._first_rows[last] + len(self._plan(last).order))
+                self._first_steps.append(self._first_steps[last] + self._steps_of(last))
 
     def _steps_of(self, epoch: int) -> int:
         return self._plan(epoch).num_batches // self._group_size
 
     def _plan(self, epoch: int) -> BatchPlan:
+        with self._lock:
+            return self._plan_alone(epoch)
+
+    def _plan_alone(self, epoch: int) -> BatchPlan:
         if epoch not in self._plans:
-            while len(self._plans) >= 2:
-                del self._plans[min(self._plans)]
+            while len(self._plans) >= 3:
+                del self._plans[max(self._plans, key=lambda other: abs(other - epoch))]
             budget = self._tokens is not None
             try:
                 self._plans[epoch] = plan_batches(
