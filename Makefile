@@ -43,15 +43,8 @@ asan: venv  ## the op tests on a CPU library built with the address and undefine
 	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 MIXKD_REQUIRE=cpu ../../$(BIN)/python -m pytest -q $(OP_TESTS) -k "not compile and not opcheck"
 
-gpu-check: venv  ## on a machine with an NVIDIA GPU: build the CUDA ops, test every backend, benchmark, write runs/gpu/
-	MIXKD_BUILD=cuda $(BIN)/python setup.py build_ext --inplace
-	mkdir -p runs/gpu
-	MIXKD_REQUIRE=cpu,cuda $(BIN)/python -m pytest -q $(OP_TESTS) tests/test_cuda_*.py tests/test_triton_*.py
-	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q \
-	    tests/test_cuda_*.py -k "not capture and not 2_to_the_31"; fi
-	$(BIN)/python -m benchmarks all --device cuda --json runs/gpu/ops.json
-	$(BIN)/python -m benchmarks.deepspeed_overhead --device cuda | tee runs/gpu/deepspeed_overhead.json
-	$(BIN)/python -m benchmarks train_step --device cuda --json runs/gpu/train_step.json
+gpu-check: venv  ## on a machine with an NVIDIA GPU: build, test, sanitize, train, benchmark; writes runs/gpu/
+	$(BIN)/python -m benchmarks.gpu_check
 
 venv:
 	@$(PYTHON) .ci/make_venv.py
