@@ -1,7 +1,7 @@
 """Everything that needs an NVIDIA GPU, in one go: python -m benchmarks.gpu_check [--only PART,PART] [--out FOLDER]
 
 Parts run one after the other in processes of their own; one that fails does not stop the others. FOLDER gets the output
-of each part, gpu_check.json with what passed, and the benchmarks' JSON, tables and plots. Exit status 1 after a failure.
+of each part, gpu_check.json with what passed, and the benchmarks' JSON, tables and plots. Status 1 after a failure.
 """
 
 import argparse
