@@ -107,6 +107,9 @@ class Encoder(nn.Module):
 
         Returns: the ModelOutputs of the B clean and of the M mixed rows.
         """
+        if mixing.padding == "zero" and batch.row_lengths is None:
+            # Padding on the left: a clean row answers from a pad embedding, which must stay what it is.
+            return self.clean(batch, **kwargs), self.mixed(batch, mixing, **kwargs)
         output, num_rows = self._mixed(batch, mixing, True, kwargs), batch.num_rows
         return select_rows(output, slice(0, num_rows)), select_rows(output, slice(num_rows, None))
 

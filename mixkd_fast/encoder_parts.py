@@ -46,13 +46,14 @@ class EncoderParts:
     counts_positions: int | None
     """The padding id of a family whose positions count the tokens that are not padding; None: 0, 1, 2, ..."""
     layers: tuple[LayerParts, ...]
-    head: Callable[[Tensor], Tensor]
-    """First token of the last layer [R, 1, H] -> logits [R, C]."""
+    head: Callable[[Any, Tensor], Tensor]
+    """(model, first token of the last layer [R, 1, H]) -> logits [R, C]."""
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module whose parameters are read without calling it."""
         for values in (vars(self), *(vars(layer) for layer in self.layers)):
-            yield from (value for value in values.values() if isinstance(value, nn.Module))
+            # Activations are called.
+            yield from (v for name, v in values.items() if isinstance(v, nn.Module) and name != "activation")
 
 
 def parts_of(model: nn.Module) -> EncoderParts | str:
@@ -61,6 +62,8 @@ def parts_of(model: nn.Module) -> EncoderParts | str:
     family = getattr(config, "model_type", None)
     if family not in _FAMILIES or type(model).__name__ not in _CLASSES:
         return f"{type(model).__name__} is not one of {', '.join(_CLASSES)}"
+    if not type(model).__module__.startswith("transformers.models.") or "forward" in vars(model):
+        return "its forward is not that of transformers"
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         return "the configuration makes it a decoder"
     if getattr(config, "chunk_size_feed_forward", 0):
@@ -76,8 +79,8 @@ def parts_of(model: nn.Module) -> EncoderParts | str:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    # Activations are called, the others' parameters are read: a subclass, such as an adapter, would lose its addition.
-    return type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding) or not list(module.parameters())
+    # Parameters are read: of a subclass, such as an adapter or a quantised layer, something would be lost.
+    return type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding)
 
 
 def why_not_now(model: nn.Module, parts: EncoderParts) -> str:
@@ -117,7 +120,7 @@ def _bert_layers(stack: Any) -> tuple[LayerParts, ...]:
     )
 
 
-def _bert_like(base: Any, head: Callable[[Tensor], Tensor], counts_positions: int | None) -> EncoderParts:
+def _bert_like(base: Any, head: Callable[[Any, Tensor], Tensor], counts_positions: int | None) -> EncoderParts:
     table = base.embeddings
     return EncoderParts(
         words=table.word_embeddings,
@@ -132,29 +135,36 @@ def _bert_like(base: Any, head: Callable[[Tensor], Tensor], counts_positions: in
     )
 
 
-def _bert(model: Any) -> EncoderParts:
-    def head(first: Tensor) -> Tensor:
-        logits: Tensor = model.classifier(model.dropout(model.bert.pooler(first)))
-        return logits
+# Heads are functions of the model, so that a copy of the model does not answer with the original's.
+def _pooled_head(model: Any, first: Tensor) -> Tensor:
+    logits: Tensor = model.classifier(model.dropout(model.bert.pooler(first)))
+    return logits
 
-    return _bert_like(model.bert, head, None)
+
+def _first_token_head(model: Any, first: Tensor) -> Tensor:
+    logits: Tensor = model.classifier(first)
+    return logits
+
+
+def _distilbert_head(model: Any, first: Tensor) -> Tensor:
+    logits: Tensor = model.classifier(model.dropout(torch.relu(model.pre_classifier(first[:, 0]))))
+    return logits
+
+
+def _bert(model: Any) -> EncoderParts:
+    return _bert_like(model.bert, _pooled_head, None)
 
 
 def _roberta(model: Any) -> EncoderParts:
-    return _bert_like(model.roberta, model.classifier.forward, model.roberta.embeddings.padding_idx)
+    return _bert_like(model.roberta, _first_token_head, model.roberta.embeddings.padding_idx)
 
 
 def _electra(model: Any) -> EncoderParts:
-    return _bert_like(model.electra, model.classifier.forward, None)
+    return _bert_like(model.electra, _first_token_head, None)
 
 
 def _distilbert(model: Any) -> EncoderParts:
     table = model.distilbert.embeddings
-
-    def head(first: Tensor) -> Tensor:
-        logits: Tensor = model.classifier(model.dropout(torch.relu(model.pre_classifier(first[:, 0]))))
-        return logits
-
     layers = tuple(
         LayerParts(
             query=layer.attention.q_lin,
@@ -182,7 +192,7 @@ def _distilbert(model: Any) -> EncoderParts:
         projection=None,
         counts_positions=None,
         layers=layers,
-        head=head,
+        head=_distilbert_head,
     )
 
 

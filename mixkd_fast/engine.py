@@ -101,13 +101,14 @@ class Engine:
         self._records = StepRecords(source_rows, training.non_finite == "stop", training.precision == "fp16")
         groups = _parameter_groups(module, training.weight_decay)
         zero_stage = config.get("zero_optimization", {}).get("stage", 0)
-        self._is_plain = zero_stage == 0 and training.precision != "fp16" and "optimizer" not in config
-        self._is_plain &= not config.get("bf16", {}).get("enabled", False)
-        if self._is_plain:
-            config["gradient_clipping"] = 0.0  # `_apply` clips on the device, together with the guard
         try:
             with without_dead_locks():
                 optimizer = None if "optimizer" in config else _adamw(module, training, config)
+                self._is_plain = zero_stage == 0 and training.precision != "fp16"
+                self._is_plain &= not config.get("bf16", {}).get("enabled", False)
+                self._is_plain &= type(optimizer) is torch.optim.AdamW  # an offloaded one neither guards nor scales
+                if self._is_plain:
+                    config["gradient_clipping"] = 0.0  # `_update` clips on the device, together with the guard
                 self._engine, *_ = deepspeed.initialize(
                     model=module, optimizer=optimizer, model_parameters=None if optimizer else groups, config=config
                 )
@@ -151,8 +152,10 @@ class Engine:
         with record_function("mixkd_fast::optimizer"):
             record.grad_norm, record.applied = self._update()
         self._records.add(record)
-        if not self._guards_itself or bool(record.applied):
-            self._module.method.after_step(self._module.student, self._module.extras, moment)
+        method = self._module.method
+        # Whether the step was applied is asked, and waited for, only where somebody wants to know.
+        if type(method).after_step is not Method.after_step and bool(record.applied):
+            method.after_step(self._module.student, self._module.extras, moment)
 
     def report(self) -> StepReport:
         """What happened in the steps since the last report. Collective; waits for the device.

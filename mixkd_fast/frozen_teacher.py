@@ -17,6 +17,7 @@ from mixkd_fast.configuration import Config
 from mixkd_fast.console import Progress
 from mixkd_fast.data.batching import Batch, EvaluationBatches
 from mixkd_fast.data.tokenization import TokenRows, default_cache_dir
+from mixkd_fast.errors import MixKDError
 from mixkd_fast.evaluation import EvaluationPlan
 from mixkd_fast.fused_encoder import Logits
 from mixkd_fast.mixing import Mixing
@@ -63,8 +64,11 @@ class FrozenTeacher:
         """Put the kept logits of a training batch's clean rows beside them, on the CPU, if they are kept."""
         if self._store is not None:
             logits = self._store.read(batch.row_ids[: batch.num_rows].numpy())
-            assert logits is not None, "the store was filled before training"
-            batch.teacher_logits = torch.from_numpy(logits)
+            if logits is not None:
+                batch.teacher_logits = torch.from_numpy(logits)
+            elif isinstance(self._teacher, ShardedTeacher):
+                # The other ranks would not take part in its forward.
+                raise MixKDError("teacher.store: kept logits have become unreadable; run again with --resume")
 
     def keep_logits(self, config: Config, rows: TokenRows, plan: EvaluationPlan, num_classes: int) -> None:
         """Compute and keep the logits of all training rows that are not kept yet; `attach` gives them out. Collective.
@@ -81,7 +85,7 @@ class FrozenTeacher:
             )
             return
         folder = Path(section.store_dir) if section.store_dir else _cache_dir(config) / "teacher_logits"
-        key = self._key(config, rows)
+        key = self._key(config, rows, plan)
         store = TeacherStore.open(folder, key, len(rows), num_classes, limit)
         if store is None:
             return
@@ -97,12 +101,13 @@ class FrozenTeacher:
         self._store = store
         self.kept = {"rows": len(rows), "computed": missing, "seconds": time.perf_counter() - started}
 
-    def _key(self, config: Config, rows: TokenRows) -> str:
+    def _key(self, config: Config, rows: TokenRows, plan: EvaluationPlan) -> str:
         """What the logits depend on: weights, rows, and how they are computed."""
         section, training = config.teacher, config.training
         assert section is not None
         how = (section.precision or training.precision, section.quantization, training.fused_encoder)
-        facts = (self._digest(), rows.content_hash, *how)
+        # On which side padding is decides which token a model without a mask of its own answers from.
+        facts = (self._digest(), rows.content_hash, *how, section.attention, plan.padding.side)
         return hashlib.sha256(repr((_FORMAT, *facts)).encode()).hexdigest()
 
     def _fill(self, store: TeacherStore, rows: TokenRows, plan: EvaluationPlan) -> int:

@@ -122,7 +122,7 @@ class FusedEncoder:
 
     def _answer(self, first: Tensor, dtype: torch.dtype, autocast: bool) -> Tensor:
         # The head costs nothing, and bf16 logits would cost three digits: fp32 where its weights are.
-        return self.parts.head(first.float() if autocast else first)
+        return self.parts.head(self._model, first.float() if autocast else first)
 
     def _embed(
         self, batch: Batch, mixing: Mixing | None, num_mixed: int, include_clean: bool, types: Tensor | None

@@ -27,4 +27,7 @@ def return_freed_memory() -> None:
     costs page faults on large temporaries, which a teacher that hardly fits is worth.
     """
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 1 << 16)  # this and the next undo `keep_freed_memory`
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 17)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)

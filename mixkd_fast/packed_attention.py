@@ -46,7 +46,8 @@ def can_attend(hidden: Tensor, options: list[Any]) -> bool:
     if hidden.device.type == "cpu":
         return True
     capable = torch.cuda.get_device_capability(hidden.device) >= (8, 0)
-    return capable and hidden.dtype in HALF
+    width = hidden.shape[-1] // options[0].num_heads
+    return capable and hidden.dtype in HALF and width % 8 == 0 and width <= 256
 
 
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, first_token_only: bool) -> Tensor:

@@ -16,7 +16,7 @@ from mixkd_fast.data.batching import Padding
 from mixkd_fast.data.loading import load_splits
 from mixkd_fast.data.tasks import TaskSpec
 from mixkd_fast.data.tokenization import TokenRows, default_cache_dir, tokenize_rows
-from mixkd_fast.deepspeed_config import student_deepspeed_config
+from mixkd_fast.deepspeed_config import autocasts, student_deepspeed_config
 from mixkd_fast.engine import Engine
 from mixkd_fast.errors import ConfigurationError, MixKDError, ModelError
 from mixkd_fast.facts import device_name, used_backends
@@ -115,7 +115,7 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
         largest = largest_layer_numel(teacher_source(teacher_section).skeleton())
         require_memory_for_layer("teacher.zero_stage", largest, teacher_section.precision or training.precision, device)
     # The student first: it may copy layers of a loaded teacher, which ZeRO-3 then partitions.
-    student, notes = _student(config, loaded, spec, tokenizer)
+    student, notes = _student(config, loaded, spec, tokenizer, deepspeed_config, device)
     teacher = None
     if teacher_section is not None:
         teacher = _teacher(config, loaded, spec, tokenizer, arithmetic, device)
@@ -239,11 +239,13 @@ def _whole_teacher(config: Config, encoder: Encoder, device: torch.device) -> Fr
             )
         encoder = Encoder(quantize(encoder.model))
     encoder = encoder.to(device)
-    fuse(encoder, config.training)
+    reason = fuse(encoder, config.training, device)
+    if reason and config.training.compile != "off":
+        distributed.say(f"training.compile leaves the teacher as it is: {reason}")
     return FrozenTeacher(encoder, lambda: store_key(encoder.model, ""))
 
 
-def fuse(encoder: Encoder, training: Training) -> str:
+def fuse(encoder: Encoder, training: Training, device: torch.device) -> str:
     """Compute the model's logits in fewer operations if that is wanted and possible; returns why not, or ""."""
     if not training.fused_encoder:
         return "training.fused_encoder is false"
@@ -252,13 +254,29 @@ def fuse(encoder: Encoder, training: Training) -> str:
         encoder.fused.unpadded = training.unpadded
     if encoder.fused is not None and training.compile != "off":
         shapes = training.compile == "shapes"
-        graphs = shapes and next(encoder.model.parameters()).device.type == "cuda"
+        graphs = shapes and device.type == "cuda"
         encoder.fused.compile(dynamic=not shapes, mode="reduce-overhead" if graphs else None)
     return reason
 
 
-def _student(config: Config, loaded: Loaded, spec: TaskSpec, tokenizer: Any) -> tuple[Encoder, list[str]]:
+def _keeps_own_forward(training: Training, deepspeed_config: dict[str, Any]) -> str:
+    """What makes the student run its own forward whatever it is, or ""."""
+    if training.gradient_checkpointing:
+        return "training.gradient_checkpointing is on"
+    return "ZeRO-3" if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3 else ""
+
+
+def _student(
+    config: Config,
+    loaded: Loaded,
+    spec: TaskSpec,
+    tokenizer: Any,
+    deepspeed_config: dict[str, Any],
+    device: torch.device,
+) -> tuple[Encoder, list[str]]:
     if loaded.student is not None:
+        if autocasts(config.training, deepspeed_config):
+            loaded.student.float()  # autocast trains fp32 weights
         student, notes = Encoder(loaded.student), ["student: the loaded model, trained in place"]
         width = student.config.num_labels
         if width != spec.num_labels:
@@ -275,13 +293,17 @@ def _student(config: Config, loaded: Loaded, spec: TaskSpec, tokenizer: Any) -> 
             config.training.seed,
         )
     check_max_length(student.config, config.task.max_length, "student")
-    reason = fuse(student, config.training)
+    reason = _keeps_own_forward(config.training, deepspeed_config) or fuse(student, config.training, device)
     if reason and config.training.compile != "off":
         raise ConfigurationError(
             f'training.compile = "{config.training.compile}" compiles the fused layers, and the student has none: '
             f'{reason}; set training.compile to "off"'
         )
     notes.append(f"forward: {'its own, ' + reason if reason else 'fused'}")
+    if config.training.unpadded and (reason or device.type == "cpu" or config.training.precision == "fp32"):
+        notes.append(
+            "training.unpadded has no effect or no use here: it is for fused layers in half precision on a GPU"
+        )
     return student, notes
 
 

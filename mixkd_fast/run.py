@@ -28,6 +28,9 @@ from mixkd_fast.run_folder import MetricsLog, RunFolder
 from mixkd_fast.saving import save_model
 from mixkd_fast.schedule import is_checkpoint_step, is_evaluation_step, learning_rate, stream_of, total_steps
 
+_STEPS_BETWEEN_SIGNALS = 10
+"""With several ranks and late reports: how often they ask each other whether one was told to stop."""
+
 
 @dataclass
 class RunState:
@@ -123,11 +126,17 @@ class Run:
         self._samples += rows
         self._tokens += sum(batch.num_tokens for batch in batches)
         self._steps += 1
-        if state.step % training.log_every and not self._is_stop_point(state.step):
+        if state.step % training.log_every and not self._is_stop_point(state.step) and not self._must_stop(stop):
             return
         self._report(log, bar, rate)
         self._pause(log, bar, stop)
         self._clock = time.perf_counter()
+
+    def _must_stop(self, stop: StopRequest) -> bool:
+        """Whether a stop signal is to be obeyed between two reports; several ranks agree on it every few steps."""
+        if self.ranks > 1 and self.state.step % _STEPS_BETWEEN_SIGNALS:
+            return False
+        return self._agreed_signal(stop) != 0
 
     def _is_stop_point(self, done: int) -> bool:
         """Whether something is due after `done` steps for which everything before must be known."""
@@ -218,7 +227,8 @@ class Run:
         parts, config = self.parts, self.config
         if parts.teacher is None or config.teacher is None or not config.method.needs_clean_teacher:
             return
-        if config.teacher.store and self.stream.epoch(self.steps) > 1:
+        # A few rows beyond one epoch are not worth a pass of their own.
+        if config.teacher.store and self.stream.epoch(self.steps) > 1.05:
             parts.teacher.keep_logits(config, parts.train, self.plan, parts.spec.num_labels)
 
     def _evaluate(self, log: MetricsLog, bar: Progress) -> None:

@@ -65,7 +65,10 @@ class StepRecords:
         Raises: NonFiniteError for the first step with a term or gradient that is not finite, if that stops the run.
         """
         records, self._open = self._open, []
-        totals = distributed.sum_over_ranks(torch.stack([record.sums() for record in records])).tolist()
+        # Joined and cut again: a method may have other terms from one step to the next.
+        sums = [record.sums() for record in records]
+        joined = distributed.sum_over_ranks(torch.cat(sums)).cpu().split([len(part) for part in sums])
+        totals = [part.tolist() for part in joined]
         states = [(_number(record.grad_norm), _number(record.applied)) for record in records]
         num_skipped = 0
         for record, (*_, num_bad), (norm, applied) in zip(records, totals, states, strict=True):

@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from toy import losses, records, save_toy_teacher, toy_rows, toy_tokenizer
 
 from mixkd_fast import KD, MixKD, distill
 from mixkd_fast.errors import ConfigurationError, NonFiniteError
+from mixkd_fast.methods.base import supervised_loss
 
 METHOD = MixKD(kd_weight=1.0)
 
@@ -190,3 +191,38 @@ def test_the_fused_forward_and_the_models_own_train_alike(tmp_path: Path, teache
     train(tmp_path, teacher, "fused")
     train(tmp_path, teacher, "own", {"fused_encoder": False})
     np.testing.assert_allclose(losses(tmp_path / "fused"), losses(tmp_path / "own"), rtol=1e-4)
+
+
+def test_terms_may_change_between_late_reports(tmp_path: Path) -> None:
+    from test_non_finite import _run
+
+    result = _run(tmp_path, ChangingTerms(), 0, log_every=5, evaluate_every=10)
+    assert result.summary["training"]["steps"] == 10 and len(losses(tmp_path / "run")) == 2
+
+
+def test_after_step_is_told_of_applied_steps_only(tmp_path: Path) -> None:
+    from test_non_finite import _run
+
+    CountedSteps.seen.clear()
+    _run(tmp_path, CountedSteps(), 0, non_finite="skip")
+    assert len(CountedSteps.seen) == 8
+
+
+class ChangingTerms(PoisonedLoss):
+    """Fine-tuning with another term at every third step."""
+
+    name: Literal["changing"] = "changing"  # type: ignore[assignment]
+
+    def terms(self, batch: Any, student: Any, teacher: Any, extras: Any, moment: Any) -> dict[str, Any]:
+        loss = supervised_loss(student.clean(batch).logits, batch)
+        return {"mle": loss} | ({"more": loss * 0} if moment.step % 3 == 0 else {})
+
+
+class CountedSteps(PoisonedLoss):
+    """Remembers the steps that `after_step` is told of."""
+
+    name: Literal["counted"] = "counted"  # type: ignore[assignment]
+    seen: ClassVar[list[int]] = []
+
+    def after_step(self, student: Any, extras: Any, moment: Any) -> None:
+        self.seen.append(moment.step)

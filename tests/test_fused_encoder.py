@@ -1,5 +1,6 @@
 """One forward for clean and mixed rows, and the fused forward of BERT-like models: the same numbers, less work."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -241,3 +242,37 @@ def test_batches_know_the_lengths_that_masks_have() -> None:
         assert torch.equal(batch.mixed_lengths, mask.sum(1))
     left = micro_batches(rows, draw, 0, 1, 8, Padding(999, "left"))[0]
     assert left.row_lengths is None and left.mixed_lengths is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_zero_padding_leaves_clean_rows_that_are_padded_on_the_left_alone(fused: bool) -> None:
+    """Their first token is a pad token; its embedding is zero in a mixed row only."""
+    encoder = tiny_encoder("bert").double()
+    if fused:
+        encoder.fuse()
+    batch = double(tiny_batch(encoder.config))
+    turned = {name: getattr(batch, name).flip(1) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    batch = replace(batch, **turned, row_lengths=None)
+    mixing = Mixing(padding="zero")
+    clean, mixed = encoder.both(batch, mixing)
+    torch.testing.assert_close(clean.logits, encoder.clean(batch).logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(mixed.logits, encoder.mixed(batch, mixing).logits, rtol=1e-10, atol=1e-10)
+
+
+@every_fused
+def test_a_copy_answers_with_its_own_weights(family: str) -> None:
+    encoder = tiny_encoder(family)
+    encoder.fuse()
+    batch = tiny_batch(encoder.config)
+    twin = copy.deepcopy(encoder)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.zero_()
+    assert not torch.allclose(twin.clean(batch).logits, encoder.clean(batch).logits)
+    torch.testing.assert_close(twin.clean(batch).logits, tiny_encoder(family).clean(batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_a_forward_of_its_own_is_not_fused() -> None:
+    encoder = tiny_encoder("bert")
+    encoder.model.forward = encoder.model.forward
+    assert "not that of transformers" in encoder.fuse()

@@ -113,15 +113,18 @@ def test_two_ranks_killed_and_resumed_are_bit_identical(tmp_path: Path) -> None:
     _same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path) -> None:
-    path = _write_config(tmp_path, training={"steps": 400, "evaluate_every": 400, "checkpoint_every": 400})
+@pytest.mark.parametrize("log_every", [1, 9])
+def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path, log_every: int) -> None:
+    training = {"steps": 400, "evaluate_every": 400, "checkpoint_every": 400, "log_every": log_every}
+    path = _write_config(tmp_path, training=training)
     process = _start(program("--config", str(path)))
-    _wait_for_steps(tmp_path / "run", KILL_AFTER, process)
+    _wait_for_steps(tmp_path / "run", -(-KILL_AFTER // log_every), process)
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert "--resume" in errors and "after step" in errors
-    stopped = len(losses(tmp_path / "run"))
+    stopped = int(errors.rpartition("after step ")[2].split()[0])
+    assert len(losses(tmp_path / "run")) == stopped // log_every
     assert KILL_AFTER <= stopped < 400
     resumed = must_run(program("--config", str(path), "--resume", "--set", "training.checkpoint_every=1000"))
     assert f"after step {stopped} of 400" in resumed

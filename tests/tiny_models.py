@@ -213,6 +213,7 @@ def tiny_batch(
         lam=None if lam is None else torch.tensor(lam, dtype=torch.float32),
         num_rows=len(lengths) if num_rows is None else num_rows,
         num_tokens=sum(lengths[: len(lengths) if num_rows is None else num_rows]),
+        row_lengths=torch.tensor(lengths),
     )
 
 
