@@ -113,6 +113,8 @@ class Teacher(Section):
     """ZeRO-3 only: parameters rest in CPU memory or on NVMe."""
     precision: Precision | None = None
     """null takes training.precision."""
+    stream: bool = False
+    """On a GPU: run on a CUDA stream of its own, beside the student's forward (zero_stage 0)."""
     quantization: Literal["int8"] | None = None
     """int8: linear layers with 8-bit weights, activations quantised as they come (CPU, zero_stage 0)."""
     store: bool = True

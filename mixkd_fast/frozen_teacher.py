@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from mixkd_fast import distributed
@@ -31,9 +31,11 @@ _FORMAT = 1  # of what is kept; to be raised when the same weights come to mean 
 class FrozenTeacher:
     """An `Encoder` or `ShardedTeacher` that is only asked."""
 
-    def __init__(self, teacher: Encoder | ShardedTeacher, digest: Callable[[], str]) -> None:
-        """Args: digest = gives the hash of the weights, if it comes to that."""
-        self._teacher, self._digest = teacher, digest
+    def __init__(
+        self, teacher: Encoder | ShardedTeacher, digest: Callable[[], str], stream: torch.cuda.Stream | None = None
+    ) -> None:
+        """Args: digest = gives the hash of the weights, if it comes to that; stream = where its forward runs."""
+        self._teacher, self._digest, self._stream = teacher, digest, stream
         self._store: TeacherStore | None = None
         self.kept: dict[str, float] | None = None
         """How many rows' logits are kept, how many of them this run computed, and in how many seconds."""
@@ -134,12 +136,40 @@ class FrozenTeacher:
         with record_function("mixkd_fast::teacher"), torch.no_grad(), torch.autocast(device, enabled=False):
             if options or isinstance(self._teacher, ShardedTeacher):
                 return forward(batch, *arguments, **options)
-            with torch.inference_mode():
-                outputs = forward(batch, *arguments)
-        # Copies, outside: what is made in inference mode may take no part in a loss.
-        if name == "both":
-            return tuple(Logits(output.logits.clone()) for output in outputs)
-        return Logits(outputs.logits.clone())
+            if self._stream is None:
+                return _logits_of(forward, batch, arguments)
+            # The batch is copied on the student's stream; what is made here is waited for where it is read.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                outputs = _logits_of(forward, batch, arguments)
+                done = self._stream.record_event()
+        if isinstance(outputs, tuple):
+            return tuple(PendingLogits(output.logits, done) for output in outputs)
+        return PendingLogits(outputs.logits, done)
+
+
+class PendingLogits:
+    """Logits that another stream is still making: whoever reads them makes its stream wait, not the host."""
+
+    def __init__(self, logits: Tensor, done: torch.cuda.Event) -> None:
+        self._logits, self._done = logits, done
+
+    @property
+    def logits(self) -> Tensor:
+        """[rows, C]"""
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._done)
+        self._logits.record_stream(stream)
+        return self._logits
+
+
+def _logits_of(forward: Callable[..., Any], batch: Batch, arguments: tuple[Any, ...]) -> Any:
+    with torch.inference_mode():
+        outputs = forward(batch, *arguments)
+    # Copies, outside: what is made in inference mode may take no part in a loss.
+    if isinstance(outputs, tuple):
+        return tuple(Logits(output.logits.clone()) for output in outputs)
+    return Logits(outputs.logits.clone())
 
 
 def _missing(store: TeacherStore) -> NDArray[np.int64]:

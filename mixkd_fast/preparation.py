@@ -242,7 +242,8 @@ def _whole_teacher(config: Config, encoder: Encoder, device: torch.device) -> Fr
     reason = fuse(encoder, config.training, device)
     if reason and config.training.compile != "off":
         distributed.say(f"training.compile leaves the teacher as it is: {reason}")
-    return FrozenTeacher(encoder, lambda: store_key(encoder.model, ""))
+    beside = config.teacher is not None and config.teacher.stream and device.type == "cuda"
+    return FrozenTeacher(encoder, lambda: store_key(encoder.model, ""), torch.cuda.Stream(device) if beside else None)
 
 
 def fuse(encoder: Encoder, training: Training, device: torch.device) -> str:

@@ -8,6 +8,7 @@ from tiny_models import tiny_batch, tiny_encoder
 
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.encoder import Encoder
+from mixkd_fast.frozen_teacher import FrozenTeacher
 from mixkd_fast.mixing import Mixing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -25,6 +26,18 @@ def pair(unpadded: bool) -> tuple[Encoder, Encoder, Batch]:
     assert batch.partner is not None
     batch = replace(batch, row_lengths=lengths, mixed_lengths=torch.maximum(lengths, lengths[batch.partner]))
     return truth, fused, batch.to("cuda")
+
+
+def test_a_teacher_on_its_own_stream_gives_the_same() -> None:
+    _, fused, batch = pair(False)
+    fused.requires_grad_(False)
+    plain, beside = FrozenTeacher(fused, str), FrozenTeacher(fused, str, torch.cuda.Stream())
+    for _ in range(20):
+        expected, found = plain.both(batch, Mixing()), beside.both(batch, Mixing())
+        noise = torch.randn(512, 512, device="cuda") @ torch.randn(512, 512, device="cuda")
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one.logits, other.logits)
+        del noise
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -62,8 +62,10 @@ class KD(CleanRowDistillation):
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
         assert teacher is not None
-        teacher_logits = teacher.clean(batch).logits if self.needs_clean_teacher else None
-        return self.clean_terms(batch, student.clean(batch).logits, teacher_logits)
+        # Asked first and read last: a teacher on a stream of its own works meanwhile.
+        from_teacher = teacher.clean(batch) if self.needs_clean_teacher else None
+        student_logits = student.clean(batch).logits
+        return self.clean_terms(batch, student_logits, None if from_teacher is None else from_teacher.logits)
 
 
 def distance(student_logits: Tensor, teacher_logits: Tensor, kind: Distance, temperature: float) -> Tensor:

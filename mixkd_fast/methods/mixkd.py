@@ -41,20 +41,22 @@ class MixKD(CleanRowDistillation, Mixing):
         assert teacher is not None
         if self.mixing() is None:
             return self.clean_terms(batch, student.clean(batch).logits, teacher.clean(batch).logits)
-        teacher_clean, teacher_mixed = self._logits(teacher, batch, self.kd_weight > 0, self.tmkd_weight > 0)
-        clean, mixed = self._logits(student, batch, self.mle_weight > 0 or self.kd_weight > 0, True)
-        terms = {} if clean is None else self.clean_terms(batch, clean, teacher_clean)
-        assert mixed is not None
+        # Asked first and read last: a teacher on a stream of its own works meanwhile.
+        teacher_clean, teacher_mixed = self._outputs(teacher, batch, self.kd_weight > 0, self.tmkd_weight > 0)
+        clean, mixed = self._outputs(student, batch, self.mle_weight > 0 or self.kd_weight > 0, True)
+        terms = {}
+        if clean is not None:
+            terms = self.clean_terms(batch, clean.logits, None if teacher_clean is None else teacher_clean.logits)
         if self.sm_weight:
-            terms["sm"] = self.sm_weight * mixed_supervised_loss(mixed, batch)
+            terms["sm"] = self.sm_weight * mixed_supervised_loss(mixed.logits, batch)
         if teacher_mixed is not None:
-            per_mixed_row = distance(mixed, teacher_mixed, self.distance, self.temperature)
+            per_mixed_row = distance(mixed.logits, teacher_mixed.logits, self.distance, self.temperature)
             terms["tmkd"] = self.tmkd_weight * per_clean_row(per_mixed_row, batch)
         return terms
 
-    def _logits(self, model: Any, batch: Batch, clean: bool, mixed: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of the rows that are asked for, in one forward."""
+    def _outputs(self, model: Any, batch: Batch, clean: bool, mixed: bool) -> tuple[Any, Any]:
+        """What the model gives for the rows that are asked for, from one forward; None for the others."""
         if clean and mixed:
-            outputs = model.both(batch, self)
-            return outputs[0].logits, outputs[1].logits
-        return model.clean(batch).logits if clean else None, model.mixed(batch, self).logits if mixed else None
+            outputs: tuple[Any, Any] = model.both(batch, self)
+            return outputs
+        return model.clean(batch) if clean else None, model.mixed(batch, self) if mixed else None
