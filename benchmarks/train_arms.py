@@ -176,7 +176,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
                 "max_length": job["max_length"],
                 "cache_dir": str(folder / "cache"),
                 # Two epochs of few rows under the profiler: without a second one no logits would be kept.
-                "train_rows": job["profile"] * job["batch_size"] // 2 if job.get("profile") else None,
+                "train_rows": min(job["rows"], job["profile"] * job["batch_size"] // 2) if job.get("profile") else None,
             },
             # A new store: building it is part of what is measured.
             teacher={"model": job["teacher"], "store_dir": str(folder / "store")},

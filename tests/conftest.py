@@ -16,6 +16,25 @@ if not torch.cuda.is_available():
     # Before anything imports triton, whose own functions become interpreted or compiled when it is.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Hundreds of trainings in one process: what each needed at its peak would add up (see mixkd_fast.host_memory).
+os.environ.setdefault("MALLOC_CHECK_", "0")
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def _deepspeed_buffers() -> set[Path]:
+    return set(_SHARED_MEMORY.glob("deepspeed_allreduce_buffer_*")) if _SHARED_MEMORY.is_dir() else set()
+
+
+_BUFFERS_BEFORE = _deepspeed_buffers()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _remove_shared_memory() -> Iterator[None]:
+    """DeepSpeed's ranks on a CPU leave 64 MiB of shared memory each: a whole run of these tests would fill it."""
+    yield
+    for path in _deepspeed_buffers() - _BUFFERS_BEFORE:
+        path.unlink(missing_ok=True)
+
 
 @pytest.fixture(params=["reference", "cpu"])
 def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""mixkd_fast.planning.memory against what PyTorch and DeepSpeed really hold, and DeepSpeed's own estimates."""
+"""mixkd_fast.planning.memory against what PyTorch and DeepSpeed really hold, and DeepSpeed's own estimates.
+
+Named so that it runs first: it counts the tensors of this process, and trainings of other tests leave some behind.
+"""
 
 import gc
 from collections.abc import Callable
