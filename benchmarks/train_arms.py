@@ -213,6 +213,9 @@ def _epochs(lines: list[dict[str, Any]], summary: dict[str, Any], job: dict[str,
         seconds[min(count - 1, int(line["epoch"] - 1e-9))] += steps * line["step_ms"] / 1e3
     scale = training["seconds"] / sum(seconds)
     tokens = training["tokens_per_s"] * training["seconds"] / count
+    if not all(seconds):
+        # Epochs shorter than the distance of the log's lines.
+        seconds, scale = [training["seconds"] / count] * count, 1.0
     return [{"seconds": value * scale, "rows": rows, "tokens": tokens} for value in seconds]
 
 
