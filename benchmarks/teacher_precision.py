@@ -7,14 +7,16 @@ rows with the same answer, mean KL, accuracy. The demo's own teacher by default.
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.special import log_softmax
+from torch import Tensor
 
 from mixkd_fast.configuration import Task, Teacher
-from mixkd_fast.data.batching import Padding
+from mixkd_fast.data.batching import Batch, Padding
 from mixkd_fast.data.loading import load_splits
 from mixkd_fast.data.tokenization import tokenize_rows
 from mixkd_fast.evaluation import EvaluationPlan, Logits, predict
@@ -41,7 +43,7 @@ def main() -> None:
     for number in range(options.rounds + 1):
         for name, teacher in teachers.items():
             started = time.perf_counter()
-            logits[name], _ = predict(rows, plan, lambda batch, which=teacher: which.clean(batch).logits)  # type: ignore[misc]
+            logits[name], _ = predict(rows, plan, partial(_clean_logits, teacher))
             if number:
                 seconds[name].append(time.perf_counter() - started)
     truth, labels = log_softmax(logits["fp32"], 1), np.asarray(rows.labels)
@@ -54,6 +56,11 @@ def main() -> None:
         accuracy = 100 * float((values.argmax(1) == labels).mean())
         rate = len(rows) / statistics.median(seconds[name])
         print(f"| {name} | {rate:,.0f} | {agreement:.2f} | {divergence:.1e} | {accuracy:.2f} |")
+
+
+def _clean_logits(teacher: FrozenTeacher, batch: Batch) -> Tensor:
+    logits: Tensor = teacher.clean(batch).logits
+    return logits
 
 
 def _encoder(name: str, folder: str, num_labels: int) -> Encoder:

@@ -39,7 +39,9 @@ class Placement:
 def placements(has_teacher: bool) -> list[Placement]:
     """Every choice that DeepSpeed allows: optimizer offload from stage 1 on, parameters at stage 3 only."""
     choices: list[tuple[Stage, Offload]] = [(0, "none")]
-    choices += [(stage, offload) for stage in (1, 2, 3) for offload in ("none", "optimizer")]  # type: ignore[misc]
+    stages: tuple[Stage, ...] = (1, 2, 3)
+    offloads: tuple[Offload, ...] = ("none", "optimizer")
+    choices += [(stage, offload) for stage in stages for offload in offloads]
     choices.append((3, "optimizer+parameters"))
     teachers: tuple[Literal[0, 3] | None, ...] = (0, 3) if has_teacher else (None,)
     return [Placement(stage, offload, teacher) for teacher in teachers for stage, offload in choices]

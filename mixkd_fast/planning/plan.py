@@ -10,7 +10,7 @@ from mixkd_fast.deepspeed_config import student_deepspeed_config
 from mixkd_fast.errors import ConfigurationError
 from mixkd_fast.planning.hardware import GPUS, Device, Rates, cpu_device, gpu_rates, measured_rates
 from mixkd_fast.planning.lengths import RowLengths, row_lengths
-from mixkd_fast.planning.memory import Placement, RankMemory, placements, rank_memory
+from mixkd_fast.planning.memory import Offload, Placement, RankMemory, placements, rank_memory
 from mixkd_fast.planning.models import PlannedModel, planned_student, planned_teacher
 from mixkd_fast.planning.throughput import Throughput, throughput
 from mixkd_fast.planning.workload import Workload, workload
@@ -107,8 +107,8 @@ def configured_placement(config: Config, zero: Mapping[str, Any]) -> Placement:
     optimizer = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     parameters = zero.get("offload_param", {}).get("device", "none") != "none"
     teacher_stage = config.teacher.zero_stage if config.teacher is not None else None
-    offload = "optimizer+parameters" if optimizer and parameters else "optimizer" if optimizer else "none"
-    return Placement(zero.get("stage", 0), offload, teacher_stage)  # type: ignore[arg-type]
+    offload: Offload = "optimizer+parameters" if optimizer and parameters else "optimizer" if optimizer else "none"
+    return Placement(zero.get("stage", 0), offload, teacher_stage)
 
 
 def _zero_section(config: Config) -> dict[str, Any]:
