@@ -1,4 +1,4 @@
-"""What bf16 and int8 do to a teacher on this CPU: python -m benchmarks.teacher_precision [--teacher FOLDER]
+"""What bf16, int8 and fp8 do to a teacher: python -m benchmarks.teacher_precision [--teacher FOLDER] [--device D]
 
 Rows per second of its clean forward over the demo's validation rows, and how far its answers are from fp32's: share of
 rows with the same answer, mean KL, accuracy. The demo's own teacher by default.
@@ -9,6 +9,7 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -21,12 +22,14 @@ from mixkd_fast.data.loading import load_splits
 from mixkd_fast.data.tokenization import tokenize_rows
 from mixkd_fast.evaluation import EvaluationPlan, Logits, predict
 from mixkd_fast.frozen_teacher import FrozenTeacher
-from mixkd_fast.models import Encoder, load_teacher_encoder, load_tokenizer, quantize
+from mixkd_fast.models import Encoder, load_teacher_encoder, load_tokenizer
+from mixkd_fast.quantized_teacher import Quantization, quantize, why_not
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="mixkd_fast/data/demo/teacher")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--task", default="demo")
     parser.add_argument("--file", help="Parquet or JSONL rows of a task other than the demo")
@@ -35,9 +38,12 @@ def main() -> None:
     splits = load_splits(Task(name=options.task, max_length=128, **files), None, None)
     tokenizer = load_tokenizer(options.teacher, None, False, "teacher.model")
     rows = tokenize_rows(next(iter(splits.evaluation.values())), tokenizer, 128, None)
-    plan = EvaluationPlan(64, Padding.of(tokenizer), torch.device("cpu"), list(splits.spec.metrics))
-    teachers = {name: FrozenTeacher(_encoder(name, options.teacher, splits.spec.num_labels), str) for name in
-                ("fp32", "bf16", "int8")}  # fmt: skip
+    device = torch.device(options.device)
+    plan = EvaluationPlan(64, Padding.of(tokenizer), device, list(splits.spec.metrics))
+    names = ["fp32", "bf16"] + [name for name in get_args(Quantization) if not why_not(name, device)]
+    teachers = {
+        name: FrozenTeacher(_encoder(name, options.teacher, splits.spec.num_labels, device), str) for name in names
+    }
     seconds: dict[str, list[float]] = {name: [] for name in teachers}
     logits: dict[str, Logits] = {}
     for number in range(options.rounds + 1):
@@ -63,14 +69,14 @@ def _clean_logits(teacher: FrozenTeacher, batch: Batch) -> Tensor:
     return logits
 
 
-def _encoder(name: str, folder: str, num_labels: int) -> Encoder:
+def _encoder(name: str, folder: str, num_labels: int, device: torch.device) -> Encoder:
     encoder = load_teacher_encoder(
         Teacher(model=str(Path(folder))), num_labels, "classification", None, "bf16" if name == "bf16" else "fp32"
     )
-    if name == "int8":
-        return Encoder(quantize(encoder.model))
+    if name in get_args(Quantization):
+        return Encoder(quantize(encoder.model, name)).to(device)
     encoder.fuse()
-    return encoder
+    return encoder.to(device)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ class Teacher(Section):
     """null takes training.precision."""
     stream: bool = False
     """On a GPU: run on a CUDA stream of its own, beside the student's forward (zero_stage 0)."""
-    quantization: Literal["int8"] | None = None
-    """int8: linear layers with 8-bit weights, activations quantised as they come (CPU, zero_stage 0)."""
+    quantization: Literal["int8", "fp8"] | None = None
+    """Linear layers in 8 bits, their inputs rounded as they come (zero_stage 0): int8 on the CPU, fp8 on a GPU."""
     store: bool = True
     """Keep the logits of clean training rows on disk and read them, where a run of several epochs needs them."""
     store_dir: str | None = None
@@ -132,9 +132,10 @@ class Teacher(Section):
     def _consistent(self) -> "Teacher":
         if self.offload is not None and self.zero_stage != 3:
             raise ValueError(f"offload needs zero_stage 3, and zero_stage is {self.zero_stage}")
-        if self.quantization is not None and (self.zero_stage != 0 or self.precision not in (None, "fp32")):
+        around = {"int8": "fp32", "fp8": "bf16"}.get(self.quantization or "")
+        if around is not None and (self.zero_stage != 0 or self.precision not in (None, around)):
             raise ValueError(
-                f'quantization "{self.quantization}" needs zero_stage 0 and no precision but fp32; they are '
+                f'quantization "{self.quantization}" needs zero_stage 0 and no precision but {around}; they are '
                 f"{self.zero_stage} and {self.precision}"
             )
         return self

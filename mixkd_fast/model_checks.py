@@ -24,7 +24,15 @@ _PROBES: list[tuple[str, ...]] = [
 
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters, whole also where ZeRO-3 keeps a share of each."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    return sum(map(_numel, model.parameters()))
+
+
+def largest_layer_numel(model: nn.Module) -> int:
+    """Parameters of the largest part that ZeRO-3 gathers at once: a repeated layer, or a single module outside them."""
+    layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+    sizes = [count_parameters(layer) for layer in layers]
+    sizes += [sum(map(_numel, module.parameters(recurse=False))) for module in model.modules()]
+    return max([1, *sizes])
 
 
 def word_embedding_size(model: Any) -> int:
@@ -180,3 +188,7 @@ def _counts_positions_from_padding(config: Any) -> bool:
         return False
     classes = [value for value in vars(module).values() if inspect.isclass(value)]
     return any(hasattr(value, "create_position_ids_from_inputs_embeds") for value in classes)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

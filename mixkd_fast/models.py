@@ -6,8 +6,8 @@ model), or from random weights.
 
 import copy
 import difflib
-import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -53,7 +53,7 @@ __all__ = [
     "load_tokenizer",
     "max_positions",
     "num_layers",
-    "quantize",
+    "student_source",
     "teacher_source",
     "word_embedding_size",
 ]
@@ -64,12 +64,33 @@ _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bf
 
 def teacher_source(section: Teacher) -> ModelSource:
     """Where the configuration says the teacher is."""
+    return _named_source(section.model, section, "teacher.model")
+
+
+def student_source(section: Student, teacher: Teacher | nn.Module | None) -> ModelSource | LoadedSource:
+    """Where the student's layers come from: its own model, else its teacher (a section, or already loaded).
+
+    Raises: ModelError where there is neither.
+    """
+    if section.model is not None:
+        return _named_source(section.model, section, "student.model")
+    if teacher is None:
+        raise ModelError("student.model or student.config is needed: there is no teacher whose layers could be copied")
+    remote = section.trust_remote_code
+    if isinstance(teacher, nn.Module):
+        model = teacher.model if isinstance(teacher, Encoder) else teacher
+        return LoadedSource(model, attention=section.attention, trust_remote_code=remote, field="teacher")
+    source = _named_source(teacher.model, teacher, "teacher.model")
+    return replace(source, attention=section.attention, trust_remote_code=remote or teacher.trust_remote_code)
+
+
+def _named_source(model: str, section: Teacher | Student, field: str) -> ModelSource:
     return ModelSource(
-        section.model,
+        model,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
         attention=section.attention,
-        field="teacher.model",
+        field=field,
     )
 
 
@@ -127,7 +148,7 @@ def load_student_encoder(
     if section.config is not None:
         model, notes = _random_student(section, tokenizer, num_labels, kind, label_names, seed)
     else:
-        source = _student_source(section, teacher)
+        source = student_source(section, teacher)
         model, notes = _copied_student(section, source, num_labels, kind, label_names, seed)
     check_vocabulary(model, tokenizer, "student")
     encoder = Encoder(model)
@@ -135,45 +156,10 @@ def load_student_encoder(
     return encoder, notes
 
 
-def quantize(model: nn.Module) -> nn.Module:
-    """A copy whose linear layers have 8-bit weights and quantise their inputs as they come (torch.ao, CPU only)."""
-    with warnings.catch_warnings():
-        # torch names torchao as its successor, which needs packages of its own for the CPU.
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        from torch.ao.quantization import quantize_dynamic
-
-        quantized: nn.Module = quantize_dynamic(model.float(), {nn.Linear}, dtype=torch.qint8)
-    return quantized.eval()
-
-
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """What reports say about a transformers model: its family, number of layers and width."""
     config: Any = model.config
     return {"model_type": config.model_type, "layers": num_layers(config), "hidden_size": config.hidden_size}
-
-
-def _student_source(section: Student, teacher: Teacher | nn.Module | None) -> ModelSource | LoadedSource:
-    attention, remote = section.attention, section.trust_remote_code
-    if section.model is not None:
-        return ModelSource(
-            section.model,
-            revision=section.revision,
-            trust_remote_code=remote,
-            attention=attention,
-            field="student.model",
-        )
-    if teacher is None:
-        raise ModelError("student.model or student.config is needed: there is no teacher whose layers could be copied")
-    if isinstance(teacher, nn.Module):
-        model = teacher.model if isinstance(teacher, Encoder) else teacher
-        return LoadedSource(model, attention=attention, trust_remote_code=remote, field="teacher")
-    return ModelSource(
-        teacher.model,
-        revision=teacher.revision,
-        trust_remote_code=remote or teacher.trust_remote_code,
-        attention=attention,
-        field="teacher.model",
-    )
 
 
 def _copied_student(

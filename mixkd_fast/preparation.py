@@ -21,6 +21,7 @@ from mixkd_fast.engine import Engine
 from mixkd_fast.errors import ConfigurationError, MixKDError, ModelError
 from mixkd_fast.facts import device_name, used_backends
 from mixkd_fast.frozen_teacher import FrozenTeacher
+from mixkd_fast.model_checks import largest_layer_numel
 from mixkd_fast.models import (
     Encoder,
     check_max_length,
@@ -32,15 +33,10 @@ from mixkd_fast.models import (
     load_student_encoder,
     load_teacher_encoder,
     load_tokenizer,
-    quantize,
     teacher_source,
 )
-from mixkd_fast.teacher import (
-    largest_layer_numel,
-    load_sharded_teacher,
-    require_memory_for_layer,
-    shard_loaded_teacher,
-)
+from mixkd_fast.quantized_teacher import quantize, why_not
+from mixkd_fast.teacher import load_sharded_teacher, require_memory_for_layer, shard_loaded_teacher
 from mixkd_fast.teacher_store import store_key, store_key_of_files
 
 T = TypeVar("T")
@@ -207,7 +203,7 @@ def _teacher(
     section = config.teacher
     assert section is not None
     # Quantisation starts from fp32 weights.
-    precision = section.precision or ("fp32" if section.quantization else config.training.precision)
+    precision = "fp32" if section.quantization else section.precision or config.training.precision
     if loaded.teacher is not None:
         check_num_labels(loaded.teacher.config, spec.num_labels, spec.label_names)
         encoder = Encoder(loaded.teacher.eval().requires_grad_(False))
@@ -231,13 +227,12 @@ def _teacher(
 
 
 def _whole_teacher(config: Config, encoder: Encoder, device: torch.device) -> FrozenTeacher:
-    if config.teacher is not None and config.teacher.quantization is not None:
-        if device.type != "cpu":
-            raise ConfigurationError(
-                f'teacher.quantization = "{config.teacher.quantization}" runs on the CPU only, and this is {device}; '
-                "leave it out"
-            )
-        encoder = Encoder(quantize(encoder.model))
+    quantization = config.teacher.quantization if config.teacher is not None else None
+    if quantization is not None:
+        reason = why_not(quantization, device)
+        if reason:
+            raise ConfigurationError(f'teacher.quantization = "{quantization}" {reason}; leave it out')
+        encoder = Encoder(quantize(encoder.model, quantization))
     encoder = encoder.to(device)
     reason = fuse(encoder, config.training, device)
     if reason and config.training.compile != "off":

@@ -19,6 +19,7 @@ from mixkd_fast.engine import whole_parameters
 from mixkd_fast.errors import ModelError
 from mixkd_fast.host_memory import return_freed_memory
 from mixkd_fast.mixing import Mixing
+from mixkd_fast.model_checks import largest_layer_numel
 from mixkd_fast.models import Encoder, ModelSource
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -112,15 +113,6 @@ def fill_partitioned(model: nn.Module, source: ModelSource) -> None:
         raise ModelError(f"teacher.model = {source.name!r}: no weights for {', '.join(sorted(missing)[:5])}")
 
 
-def largest_layer_numel(model: nn.Module) -> int:
-    """Parameters of the largest part that ZeRO-3 gathers at once: a repeated layer, or a single module outside them."""
-    sizes = [1]
-    layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
-    sizes += [sum(_numel(p) for p in layer.parameters()) for layer in layers]
-    sizes += [sum(_numel(p) for p in module.parameters(recurse=False)) for module in model.modules()]
-    return max(sizes)
-
-
 def require_memory_for_layer(field: str, largest_numel: int, precision: Precision, device: torch.device) -> None:
     """ZeRO-3 must gather one layer at a time: refuse when the largest does not fit in what is free now."""
     needed = largest_numel * _BYTES[precision]
@@ -131,7 +123,3 @@ def require_memory_for_layer(field: str, largest_numel: int, precision: Precisio
             f"{precision} on every rank while it runs, but {free / 2**30:,.1f} GiB are free. "
             "Use a device with more memory, a smaller model or a lower precision"
         )
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -27,7 +27,7 @@ LAYERS = [
     {"step_records", "store_entries"},
     {"checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
     {"fused_encoder"},
-    {"encoder_parts", "encoder_tables", "packed_attention"},
+    {"encoder_parts", "encoder_tables", "packed_attention", "quantized_teacher"},
     {"build_locks", "configuration", "distributed"},
     {"config_errors", "host_memory", "strict_json"},
     {"methods"},

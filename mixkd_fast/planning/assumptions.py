@@ -10,7 +10,7 @@ _GIB = 2**30
 def assumptions(plan: Plan, config: Config) -> list[str]:
     """Everything that is assumed and not computed, as sentences."""
     any_work = next(count.work for device in plan.devices for count in device.counts if count.work is not None)
-    planned = getattr(config.training, "batching", "random") == "length"
+    planned = config.training.batching == "length"
     texts = [
         f"Padding: micro-batches of {any_work.micro_batch_size} {'rows of like length' if planned else 'random rows'} "
         f"have {any_work.lengths.padding_overhead:.0%} more positions than tokens (sampled); memory is that of the "

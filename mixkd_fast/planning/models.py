@@ -10,10 +10,10 @@ from torch import nn
 from mixkd_fast.configuration import Config, Student
 from mixkd_fast.data.tasks import resolve
 from mixkd_fast.errors import ConfigurationError, MixKDError, ModelError
-from mixkd_fast.model_checks import vocabulary_size
-from mixkd_fast.models import count_parameters, teacher_source
+from mixkd_fast.model_checks import count_parameters, largest_layer_numel, vocabulary_size
+from mixkd_fast.models import student_source, teacher_source
 from mixkd_fast.planning.flops import EncoderShape
-from mixkd_fast.pretrained import ModelSource, load_tokenizer, new_config, new_model
+from mixkd_fast.pretrained import load_tokenizer, new_config, new_model
 from mixkd_fast.student_layers import chosen_layers, num_layers, select_in_config
 
 _DROPOUTS = ("hidden_dropout_prob", "dropout", "embedding_dropout", "mlp_dropout")
@@ -70,26 +70,12 @@ def planned_student(config: Config) -> PlannedModel:
         with torch.device("meta"):
             model = new_model(described, section.attention, section.trust_remote_code)
         return planned_model(described, model, section.attention)
-    source = _student_source(config)
+    source = student_source(section, config.teacher)
     described = copy.deepcopy(source.config)
     select_in_config(described, chosen_layers(num_layers(described), section.num_layers, section.layers))
     described.num_labels = _num_labels(config) or described.num_labels
     _set_dropout(described, section)
     return planned_model(described, source.structure(described), section.attention)
-
-
-def _student_source(config: Config) -> ModelSource:
-    section, teacher = config.student, config.teacher
-    if section.model is None:
-        assert teacher is not None, "Config refuses a student without model, config and teacher"
-        return teacher_source(teacher)
-    return ModelSource(
-        section.model,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-        attention=section.attention,
-        field="student.model",
-    )
 
 
 def planned_model(config: Any, model: nn.Module, attention: str | None = None) -> PlannedModel:
@@ -100,19 +86,11 @@ def planned_model(config: Any, model: nn.Module, attention: str | None = None) -
         shape=EncoderShape.of(config),
         num_parameters=count_parameters(model),
         num_linear_parameters=sum(parameter.numel() for module in linear for parameter in module.parameters()),
-        largest_layer=_largest_layer(model),
+        largest_layer=largest_layer_numel(model),
         has_dropout=_any_dropout(config, _DROPOUTS),
         has_attention_dropout=_any_dropout(config, _ATTENTION_DROPOUTS),
         explicit_attention=attention == "eager" or config.model_type in _EXPLICIT_ATTENTION,
     )
-
-
-def _largest_layer(model: nn.Module) -> int:
-    """As teacher.largest_layer_numel, whose module imports DeepSpeed."""
-    layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
-    sizes = [count_parameters(layer) for layer in layers]
-    sizes += [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
-    return max(sizes)
 
 
 def _any_dropout(config: Any, names: tuple[str, ...]) -> bool:

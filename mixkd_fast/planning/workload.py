@@ -62,14 +62,14 @@ def workload(config: Config, lengths: RowLengths, ranks: int) -> Workload:
     training, method = config.training, config.method
     arithmetic = batch_arithmetic(training, ranks)
     mixing = method.mixing()
-    is_length_planned = getattr(training, "batching", "random") == "length"
+    is_length_planned = training.batching == "length"
     sample = sample_batches(lengths, arithmetic.micro_batch_size, mixing, is_length_planned, training.batch_size)
     steps = training.steps
     if steps is None and lengths.num_rows is not None:
         steps = math.ceil((training.epochs or DEFAULT_EPOCHS) * lengths.num_rows / training.batch_size)
     imitates_clean = not isinstance(method, FineTune) and method.kd_weight > 0
     trains_clean = isinstance(method, FineTune) or method.mle_weight > 0 or method.kd_weight > 0
-    stores = getattr(config.teacher, "store", True)
+    stores = config.teacher is None or config.teacher.store
     epochs = None if steps is None or lengths.num_rows is None else steps * training.batch_size / lengths.num_rows
     return Workload(
         ranks=ranks,
@@ -85,7 +85,7 @@ def workload(config: Config, lengths: RowLengths, ranks: int) -> Workload:
         teacher_mixed=bool(getattr(method, "tmkd_weight", 0.0)),
         student_precision=training.precision,
         teacher_precision=(config.teacher.precision if config.teacher else None) or training.precision,
-        fused_encoder=bool(getattr(training, "fused_encoder", True)),
+        fused_encoder=training.fused_encoder,
         gradient_checkpointing=training.gradient_checkpointing,
         steps=steps,
     )
