@@ -13,6 +13,7 @@ from mixkd_fast import distributed
 from mixkd_fast.configuration import Config, Output, Student, Task, Teacher, Training, validate
 from mixkd_fast.engine import DistillationModule, Engine, start_distributed
 from mixkd_fast.host_memory import keep_freed_memory
+from mixkd_fast.method_setting import setting_of
 from mixkd_fast.methods import AnyMethod, FineTune, Method
 from mixkd_fast.preparation import Loaded, prepare, print_start
 from mixkd_fast.run import Run
@@ -108,7 +109,7 @@ def run_config(config: Config, loaded: Loaded | None = None, resume: bool = Fals
     folder = RunFolder(config, resume)
     started = time.time()
     parts = prepare(config, loaded, device)
-    extras = config.method.build(parts.student, parts.teacher)
+    extras = config.method.build(setting_of(config, loaded, parts, device))
     module = DistillationModule(parts.student, parts.teacher, extras, config.method)
     engine = Engine(module, config.training, parts.deepspeed_config, device, parts.train.source_rows)
     run = Run(config, folder, parts, engine)

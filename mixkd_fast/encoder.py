@@ -7,7 +7,7 @@ Legend of shape suffixes: R rows of the batch, B clean rows, M mixed rows, L pos
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixkd_fast.encoder_parts import parts_of
+from mixkd_fast.encoder_readings import Reading, reading_projections
 from mixkd_fast.encoder_tables import is_plain_table, table_of
 from mixkd_fast.errors import ModelError
 from mixkd_fast.fused_encoder import FusedEncoder, Logits
@@ -113,14 +114,55 @@ class Encoder(nn.Module):
         output, num_rows = self._mixed(batch, mixing, True, kwargs), batch.num_rows
         return select_rows(output, slice(0, num_rows)), select_rows(output, slice(num_rows, None))
 
+    def read(
+        self, batch: Batch, mixing: Mixing | None = None, *, layers: Sequence[int] = (), include_clean: bool = False
+    ) -> Reading:
+        """A forward with every layer's hidden states, and the queries, keys and values of some layers.
+
+        Args: mixing None reads the clean rows, else the mixed ones, with include_clean the clean ones before them;
+        layers = 0-based numbers. The model's own forward, so fused layers take no part.
+        Raises: ModelError for a family whose projections are not known.
+        """
+        with reading_projections(self.model, layers) as projections:
+            if mixing is None:
+                output, mask = self.clean(batch, output_hidden_states=True), batch.attention_mask[: batch.num_rows]
+            else:
+                output = self._mixed(batch, mixing, include_clean, {"output_hidden_states": True})
+                mask = self._mixed_mask(batch, include_clean)
+            return Reading(output.logits, tuple(output.hidden_states), mask, projections())
+
+    def embedded(self, batch: Batch, word_embeddings: Tensor, **kwargs: Any) -> Any:
+        """The forward of the clean rows with other word embeddings in their place; gradients reach them.
+
+        Args: word_embeddings [B, L, E], to which the model adds positions and token types; kwargs reach the model.
+        Returns: the model's ModelOutput; logits [B, C].
+        """
+        rows = slice(0, batch.num_rows)
+        inputs: dict[str, Tensor] = {"attention_mask": batch.attention_mask[rows]}
+        types = self._token_types(batch)
+        if types is not None:
+            inputs["token_type_ids"] = types[rows]
+        if self._counts_positions:
+            padding_idx = self._container.padding_idx
+            inputs["position_ids"] = positions_of(batch.input_ids[rows].ne(padding_idx).to(torch.int64), padding_idx)
+        return self.model(inputs_embeds=word_embeddings, **inputs, **kwargs)
+
+    @property
+    def word_table(self) -> nn.Module:
+        """The module whose rows are the word embeddings."""
+        return self._words
+
+    def _mixed_mask(self, batch: Batch, include_clean: bool) -> Tensor:
+        assert batch.partner is not None and batch.lam is not None
+        mask = mixed_attention_mask(batch.attention_mask, batch.partner, batch.lam, batch.num_rows)
+        return torch.cat([batch.attention_mask[: batch.num_rows], mask]) if include_clean else mask
+
     def _mixed(self, batch: Batch, mixing: Mixing, include_clean: bool, kwargs: dict[str, Any]) -> Any:
         """One forward of the mixed rows, the clean ones before them with include_clean."""
         assert batch.partner is not None and batch.lam is not None, "the batch carries no partners and no lam"
         if self._fusing(mixing, kwargs):
             return self._run_fused(batch, mixing, include_clean)
-        mask = mixed_attention_mask(batch.attention_mask, batch.partner, batch.lam, batch.num_rows)
-        if include_clean:
-            mask = torch.cat([batch.attention_mask[: batch.num_rows], mask])
+        mask = self._mixed_mask(batch, include_clean)
         if mixing.position == "after_layer_norm":
             return self._mixed_after_layer_norm(batch, mixing, mask, include_clean, kwargs)
         return self._mixed_before_layer_norm(batch, mixing, mask, include_clean, kwargs)

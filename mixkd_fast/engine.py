@@ -69,14 +69,22 @@ class DistillationModule(nn.Module):
         self.method = method
         self._frozen = (teacher,)  # in a tuple: no submodule, so no parameters of this module
 
-    def forward(self, batch: Batch, moment: Moment | None) -> tuple[Tensor, list[str]]:
-        """Loss terms stacked [terms, B] fp32 and their names; without a moment the logits [B, C] of an evaluation."""
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
-            return self._forward(batch, moment)
+    @property
+    def students(self) -> list[Encoder]:
+        """The student, and those that the method trains beside it."""
+        return [self.student, *self.method.more_students(self.extras)]
 
-    def _forward(self, batch: Batch, moment: Moment | None) -> tuple[Tensor, list[str]]:
+    def forward(self, batch: Batch, moment: Moment | None, student: int = 0) -> tuple[Tensor, list[str]]:
+        """Loss terms stacked [terms, B] fp32 and their names; without a moment the logits [B, C] of an evaluation.
+
+        Args: student = which of the students is evaluated.
+        """
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
+            return self._forward(batch, moment, student)
+
+    def _forward(self, batch: Batch, moment: Moment | None, student: int) -> tuple[Tensor, list[str]]:
         if moment is None:
-            return self.student.clean(batch).logits.float(), []
+            return self.students[student].clean(batch).logits.float(), []
         terms = self.method.terms(batch, self.student, self._frozen[0], self.extras, moment)
         return torch.stack([term.float() for term in terms.values()]), list(terms)
 
@@ -190,15 +198,24 @@ class Engine:
         return norm, applied
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Tensor:
-        """The student's logits [B, C] in evaluation mode, fp32, on the CPU."""
+    def logits(self, batch: Batch, student: int = 0) -> Tensor:
+        """A student's logits [B, C] in evaluation mode, fp32, on the CPU."""
         self._engine.eval()
-        logits: Tensor = self._engine(batch, None)[0]
+        logits: Tensor = self._engine(batch, None, student)[0]
         return logits.cpu()
 
-    def student_state(self) -> dict[str, Tensor] | None:
-        """The student's whole state on rank 0 (CPU tensors), None elsewhere. Collective."""
-        model = self._module.student.model
+    @property
+    def num_students(self) -> int:
+        """1, but for methods that train several students together."""
+        return len(self._module.students)
+
+    def student_model(self, student: int = 0) -> nn.Module:
+        """A student's transformers model, its parameters possibly partitioned."""
+        return self._module.students[student].model
+
+    def student_state(self, student: int = 0) -> dict[str, Tensor] | None:
+        """A student's whole state on rank 0 (CPU tensors), None elsewhere. Collective."""
+        model = self._module.students[student].model
         names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
         state: dict[str, Tensor] = {}
         for parameter in model.parameters():

@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mixkd_fast.configuration import Config
 from mixkd_fast.console import Progress
 from mixkd_fast.data.batching import Batch, EvaluationBatches
 from mixkd_fast.data.tokenization import TokenRows, default_cache_dir
-from mixkd_fast.errors import MixKDError
+from mixkd_fast.errors import MixKDError, ModelError
 from mixkd_fast.evaluation import EvaluationPlan
 from mixkd_fast.fused_encoder import Logits
 from mixkd_fast.mixing import Mixing
@@ -61,6 +62,46 @@ class FrozenTeacher:
             return Logits(batch.teacher_logits), self.mixed(batch, mixing)
         clean, mixed = self._run("both", batch, mixing, **options)
         return clean, mixed
+
+    def read(self, batch: Batch, mixing: Mixing | None = None, **options: Any) -> Any:
+        """A forward with every layer's hidden states and some layers' projections; see `Encoder.read`."""
+        with self._alone(batch):
+            return self._teacher.read(batch, mixing, **options)
+
+    def sampled(self, batch: Batch, passes: int) -> Tensor:
+        """Logits [passes, B, C] of the clean rows with the teacher's dropout at work (Monte-Carlo dropout)."""
+        if self.num_dropouts == 0:
+            raise ModelError("teacher: has no dropout, so all its passes would be the same; use a teacher with dropout")
+        model = self.model
+        model.train()
+        try:
+            with self._alone(batch):
+                return torch.stack([self._teacher.clean(batch).logits.float() for _ in range(passes)])
+        finally:
+            model.eval()
+
+    @property
+    def num_dropouts(self) -> int:
+        """Layers whose dropout is not 0, also where it is a number beside the module that attends."""
+        rates = [m.p for m in self.model.modules() if isinstance(m, nn.Dropout)]
+        return sum(rate > 0 for rate in rates)
+
+    def embedded(self, batch: Batch, word_embeddings: Tensor, **options: Any) -> Any:
+        """The forward with other word embeddings, to which gradients go; see `Encoder.embedded`. Whole teachers only.
+
+        Raises: ModelError if the teacher is partitioned.
+        """
+        if isinstance(self._teacher, ShardedTeacher):
+            raise ModelError("teacher.zero_stage = 3: gradients do not pass through a partitioned teacher; allowed: 0")
+        with record_function("mixkd_fast::teacher"), torch.autocast(batch.input_ids.device.type, enabled=False):
+            dtype = next(self.model.parameters()).dtype
+            return self._teacher.embedded(batch, word_embeddings.to(dtype), **options)
+
+    @property
+    def word_table(self) -> nn.Module:
+        """The module whose rows are the word embeddings; whole teachers only."""
+        assert isinstance(self._teacher, Encoder)
+        return self._teacher.word_table
 
     def attach(self, batch: Batch) -> None:
         """Put the kept logits of a training batch's clean rows beside them, on the CPU, if they are kept."""
@@ -129,11 +170,17 @@ class FrozenTeacher:
         distributed.barrier()  # ranks of one machine see each other's rows, once they are written
         return len(missing)
 
+    @contextmanager
+    def _alone(self, batch: Batch) -> Iterator[None]:
+        """Without gradients and in the teacher's own precision."""
+        device = batch.input_ids.device.type
+        # Its own precision, also where the student around it runs under autocast.
+        with record_function("mixkd_fast::teacher"), torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+
     def _run(self, name: str, batch: Batch, *arguments: Any, **options: Any) -> Any:
         forward = getattr(self._teacher, name)
-        # Its own precision, also where the student around it runs under autocast.
-        device = batch.input_ids.device.type
-        with record_function("mixkd_fast::teacher"), torch.no_grad(), torch.autocast(device, enabled=False):
+        with self._alone(batch):
             if options or isinstance(self._teacher, ShardedTeacher):
                 return forward(batch, *arguments, **options)
             if self._stream is None:

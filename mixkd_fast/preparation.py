@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from mixkd_fast import distributed
-from mixkd_fast.configuration import BatchArithmetic, Config, Training, batch_arithmetic
+from mixkd_fast.configuration import BatchArithmetic, Config, Teacher, Training, batch_arithmetic
 from mixkd_fast.console import human_count, print_summary
 from mixkd_fast.data.batching import Padding
 from mixkd_fast.data.loading import load_splits
@@ -100,6 +100,10 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
     tokenizer = _tokenizer(config, loaded)
     splits = load_splits(config.task, loaded.train, loaded.evaluation)
     spec = splits.spec
+    if spec.kind not in config.method.kinds:
+        raise ConfigurationError(
+            f'method "{config.method.name}" is for {" and ".join(config.method.kinds)} tasks, and this is a {spec.kind}'
+        )
     cache_dir = Path(config.task.cache_dir) if config.task.cache_dir else default_cache_dir()
 
     def tokenise(rows: Dataset) -> TokenRows:
@@ -202,6 +206,11 @@ def _teacher(
 ) -> FrozenTeacher:
     section = config.teacher
     assert section is not None
+    if not config.method.trains_classifier:
+        # Only what the teacher's layers compute is imitated: its labels may be another task's.
+        known: Any = teacher_source(section).config if loaded.teacher is None else loaded.teacher.config
+        names = tuple(known.id2label.values())
+        spec = replace(spec, label_names=names, kind="regression" if len(names) == 1 else "classification")
     # Quantisation starts from fp32 weights.
     precision = "fp32" if section.quantization else section.precision or config.training.precision
     if loaded.teacher is not None:
@@ -224,6 +233,41 @@ def _teacher(
     encoder = load_teacher_encoder(section, spec.num_labels, spec.kind, spec.label_names, precision)
     check_vocabulary(encoder.model, tokenizer, "teacher")
     return _whole_teacher(config, encoder, device)
+
+
+def further_teacher(
+    config: Config, spec: TaskSpec, tokenizer: Any, device: torch.device, name: str, field: str
+) -> FrozenTeacher:
+    """One more frozen model for the task, whole on every rank, in the first one's precision."""
+    section = config.teacher or Teacher(model=name)
+    plain = {"model": name, "revision": None, "zero_stage": 0, "offload": None, "quantization": None, "stream": False}
+    section = section.model_copy(update=plain)
+    try:
+        encoder = load_teacher_encoder(
+            section, spec.num_labels, spec.kind, spec.label_names, section.precision or config.training.precision
+        )
+        check_same_tokenizer(load_tokenizer(name, None, section.trust_remote_code, field), tokenizer)
+        check_vocabulary(encoder.model, tokenizer, "teacher")
+    except ModelError as error:
+        raise ModelError(f"{field}: {error}") from error
+    return _whole_teacher(config.model_copy(update={"teacher": section}), encoder, device)
+
+
+def further_student(
+    config: Config,
+    loaded: Loaded,
+    spec: TaskSpec,
+    tokenizer: Any,
+    deepspeed_config: dict[str, Any],
+    device: torch.device,
+    seed: int,
+) -> Encoder:
+    """One more student as the configuration describes it, with new weights drawn from another seed."""
+    if loaded.student is not None:
+        raise ConfigurationError("student: several students need one that is described, not a loaded model")
+    training = config.training.model_copy(update={"seed": seed})
+    config = config.model_copy(update={"training": training})
+    return _student(config, loaded, spec, tokenizer, deepspeed_config, device)[0]
 
 
 def _whole_teacher(config: Config, encoder: Encoder, device: torch.device) -> FrozenTeacher:

@@ -17,7 +17,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file, logging
 
@@ -212,6 +218,27 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         raise ModelError(f"{what}: the tokenizer has no padding token, which batches need")
     return tokenizer
+
+
+def load_masked_lm(name: str, field: str, trust_remote_code: bool = False) -> nn.Module:
+    """A pretrained masked language model in fp32 on the CPU, in eval mode.
+
+    Raises: ModelError if it cannot be loaded, or has no trained masked-language-model head.
+    """
+    what = f"{field} = {name!r}"
+    with _explained(what, name), _quiet():
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            name,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    if report["missing_keys"]:
+        lacking = ", ".join(sorted(report["missing_keys"])[:5])
+        raise ModelError(f"{what} has no trained head for masked tokens (no weights for {lacking})")
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def new_config(model_type: str, fields: Mapping[str, Any]) -> Any:

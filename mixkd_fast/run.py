@@ -210,7 +210,7 @@ class Run:
 
     def _judge_teacher(self) -> None:
         """The teacher's own figures and logits on every evaluation split, once: the yardstick of the student."""
-        if self.parts.teacher is None:
+        if self.parts.teacher is None or not self.config.method.trains_classifier:
             return
         teacher, rows, seconds = self.parts.teacher, 0, 0.0
         for split, tokens in self.parts.evaluation.items():
@@ -257,7 +257,7 @@ class Run:
         if state.best is None or value > state.best["value"]:
             state.best = {"step": state.step, "split": split, "metric": name, "value": value, "metrics": metrics}
             state.evaluations_without_gain = 0
-            if self.config.training.keep_best:
+            if self.keeps_best:
                 self.save_student(self.best_folder(state.step))
         else:
             state.evaluations_without_gain += 1
@@ -278,13 +278,33 @@ class Run:
         """Where the best student of a step is kept."""
         return self.folder.path / "best" / f"step-{step:08d}"
 
-    def save_student(self, path: Path) -> None:
-        """Save the student as transformers does, with its tokenizer, aside and renamed. Collective."""
-        weights = self.engine.student_state()
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the saved student is the best evaluation's and not the last step's."""
+        return self.config.training.keep_best and self.config.method.trains_classifier
+
+    def evaluate_further(self, number: int) -> dict[str, dict[str, float]]:
+        """Split -> metrics of another student that the method trains (1, 2, ...). Collective."""
+        results = {
+            split: evaluate(
+                split,
+                tokens,
+                self.plan,
+                lambda batch: self.engine.logits(batch, number),
+                self.teacher_logits.get(split),
+            ).metrics
+            for split, tokens in self.parts.evaluation.items()
+        }
+        metrics: dict[str, dict[str, float]] = distributed.broadcast_object(results)
+        return metrics
+
+    def save_student(self, path: Path, number: int = 0) -> None:
+        """Save a student as transformers does, with its tokenizer, aside and renamed. Collective."""
+        weights = self.engine.student_state(number)
 
         def write() -> None:
             assert weights is not None
-            model, tokenizer = self.parts.student.model, self.parts.tokenizer
+            model, tokenizer = self.engine.student_model(number), self.parts.tokenizer
             replace_folder(path, lambda aside: save_model(model, weights, tokenizer, aside))
 
         write_on_rank_zero(path, write)

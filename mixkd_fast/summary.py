@@ -27,7 +27,8 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
     """
     config, folder, state = run.config, run.folder.path, run.state
     peaks = distributed.gather_objects(peak_memory_mib(run.engine.device))
-    keep_best = config.training.keep_best and state.best is not None
+    keep_best = run.keeps_best and state.best is not None
+    further = {f"student_{number + 1}": run.evaluate_further(number) for number in range(1, run.engine.num_students)}
     metrics = state.best["metrics"] if keep_best and state.best is not None else state.metrics
     summary = {
         "version": __version__,
@@ -61,6 +62,7 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
         },
         "best": None if state.best is None else {k: v for k, v in state.best.items() if k != "metrics"},
         "metrics": metrics,
+        **({"further_students": further} if further else {}),
         "backends": used_backends(run.engine.device),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
@@ -69,6 +71,8 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
     }
     if not keep_best:
         run.save_student(folder / "student")
+    for number, name in enumerate(further, start=1):
+        run.save_student(folder / name, number)
 
     def write() -> None:
         if keep_best and state.best is not None:
@@ -107,11 +111,14 @@ def _copy(source: Path, target: Path) -> None:
 def _print_end(run: Run, summary: dict[str, Any]) -> None:
     folder, config = run.folder.path, run.config
     which = ""
-    if config.training.keep_best and summary["best"]:
+    if run.keeps_best and summary["best"]:
         which = f" of step {summary['best']['step']} (best {summary['best']['metric']})"
     for split, values in summary["metrics"].items():
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         distributed.say(f"student{which} on {split}: {shown}")
+    for name, values in summary.get("further_students", {}).items():
+        shown = "  ".join(f"{split} {next(iter(metrics.values())):.4f}" for split, metrics in values.items())
+        distributed.say(f"{name}: {shown}; {folder / name}")
     distributed.say(f"student: {folder / 'student'}")
     if config.output.report:
         distributed.say(f"report:  {folder / 'report.html'}")

@@ -43,17 +43,22 @@ class ShardedTeacher:
     @torch.no_grad()
     def clean(self, batch: Batch, **options: Any) -> Any:
         """The plain forward of the batch's clean rows; see `Encoder.clean`."""
-        return self._engine(batch, None, False, options)
+        return self._engine("clean", (batch,), options)
 
     @torch.no_grad()
     def mixed(self, batch: Batch, mixing: Mixing, **options: Any) -> Any:
         """The forward of the batch's mixed rows; see `Encoder.mixed`."""
-        return self._engine(batch, mixing, False, options)
+        return self._engine("mixed", (batch, mixing), options)
 
     @torch.no_grad()
     def both(self, batch: Batch, mixing: Mixing, **options: Any) -> Any:
         """Clean and mixed rows in one forward; see `Encoder.both`."""
-        return self._engine(batch, mixing, True, options)
+        return self._engine("both", (batch, mixing), options)
+
+    @torch.no_grad()
+    def read(self, batch: Batch, mixing: Mixing | None = None, **options: Any) -> Any:
+        """A forward with what its layers compute; see `Encoder.read`."""
+        return self._engine("read", (batch, mixing), options)
 
 
 class _Dispatch(nn.Module):
@@ -63,12 +68,8 @@ class _Dispatch(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, batch: Batch, mixing: Mixing | None, include_clean: bool, options: dict[str, Any]) -> Any:
-        if mixing is None:
-            return self.encoder.clean(batch, **options)
-        if include_clean:
-            return self.encoder.both(batch, mixing, **options)
-        return self.encoder.mixed(batch, mixing, **options)
+    def forward(self, call: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return getattr(self.encoder, call)(*arguments, **options)
 
 
 def load_sharded_teacher(

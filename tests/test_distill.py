@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from mixkd_fast import KD, FineTune, MixKD, distill
 from mixkd_fast.errors import ConfigurationError
-from mixkd_fast.methods import Moment
+from mixkd_fast.methods import Moment, Setting
 from mixkd_fast.methods.base import Method, supervised_loss
 
 TRAINING = {"steps": 60, "batch_size": 16, "learning_rate": 3e-3, "evaluate_every": 30, "threads": 1}
@@ -111,9 +111,10 @@ class Projected(Method):
 
     name: Literal["projected"] = "projected"
 
-    def build(self, student: Any, teacher: Any) -> nn.Module:
+    def build(self, setting: Setting) -> nn.Module:
         torch.manual_seed(0)
-        return nn.Linear(student.config.hidden_size, teacher.model.config.hidden_size)
+        assert setting.teacher is not None
+        return nn.Linear(setting.student.config.hidden_size, setting.teacher.model.config.hidden_size)
 
     def terms(self, batch: Any, student: Any, teacher: Any, extras: Any, moment: Moment) -> dict[str, Tensor]:
         own = student.clean(batch, output_hidden_states=True)

@@ -61,6 +61,10 @@ class Batch:
     """int64 [R], on the CPU: tokens of each row; None where padding is not on the right."""
     mixed_lengths: Tensor | None = None
     """int64 [M], on the CPU: positions that a mixed row keeps; None where row_lengths is."""
+    mean_tokens: float | None = None
+    """Tokens per clean row of the step's whole batch, over all micro-batches and ranks; None in evaluation."""
+    mean_mixed_tokens: float | None = None
+    """Positions that a mixed row of the step's whole batch keeps, on average."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with every tensor on `device`, but for row_ids and lengths, which the host asks for."""
@@ -201,12 +205,14 @@ def micro_batches(
             f"{micro_batch_size} times {world} ranks"
         )
     cuts = range(0, num_rows + 1, micro_batch_size) if draw.cuts is None else draw.cuts.tolist()
+    mean_tokens, mean_mixed_tokens = _mean_tokens(rows, draw)
     batches = []
     for start, end in list(pairwise(cuts))[rank::world]:
         here, size = slice(start, end), end - start
         row_ids = draw.row_ids[here]
         if draw.partner_ids is None or draw.lam is None:
             batches.append(_collate(rows, row_ids, size, padding))
+            batches[-1].mean_tokens = mean_tokens
             continue
         partner_ids_M = draw.partner_ids.reshape(-1, num_rows)[:, here].ravel()
         lam_M = draw.lam.reshape(-1, num_rows)[:, here].ravel()
@@ -220,8 +226,19 @@ def micro_batches(
             other = batch.row_lengths[batch.partner]
             # As `mixed_attention_mask`: a row of weight 0 keeps nothing.
             batch.mixed_lengths = torch.maximum(own * (batch.lam > 0), other * (batch.lam < 1))
+        batch.mean_tokens, batch.mean_mixed_tokens = mean_tokens, mean_mixed_tokens
         batches.append(batch)
     return batches
+
+
+def _mean_tokens(rows: TokenRows, draw: Draw) -> tuple[float, float | None]:
+    """Tokens per clean row, and positions that a mixed row keeps, on average over a whole step."""
+    lengths_N = rows.lengths[draw.row_ids]
+    if draw.partner_ids is None or draw.lam is None:
+        return float(lengths_N.mean()), None
+    own_M = np.tile(lengths_N, len(draw.partner_ids) // len(lengths_N))
+    kept_M = np.maximum(own_M * (draw.lam > 0), rows.lengths[draw.partner_ids] * (draw.lam < 1))
+    return float(lengths_N.mean()), float(kept_M.mean())
 
 
 class EvaluationBatches:

@@ -5,11 +5,14 @@ Legend of shape suffixes: B clean rows of the micro-batch, M = B * mixed_rows mi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mixkd_fast.mix import first_rows
@@ -18,7 +21,10 @@ from mixkd_fast.section import Section
 
 if TYPE_CHECKING:
     from mixkd_fast.data.batching import Batch
+    from mixkd_fast.data.tokenization import TokenRows
     from mixkd_fast.models import Encoder
+
+Kind = Literal["classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,39 @@ class Moment:
     epoch: float
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a run has before its first step, for methods that prepare something. All calls are collective."""
+
+    student: Encoder
+    teacher: Any | None
+    """A `FrozenTeacher`."""
+    rows: TokenRows
+    """All training rows, the same on every rank."""
+    num_labels: int
+    """1 for a regression."""
+    kind: Kind
+    tokenizer: Any
+    seed: int
+    """training.seed"""
+    device: torch.device
+    collect: Callable[[Callable[[Batch], Tensor]], NDArray[np.float32]]
+    """Apply a function Batch -> [B, width] to all training rows, shared among the ranks: [N, width] in row order."""
+    load_teacher: Callable[[str, str], Any]
+    """(hub name or folder, field for messages) -> a further `FrozenTeacher` for this task, whole in memory."""
+    load_masked_lm: Callable[[str, str], nn.Module]
+    """(hub name or folder, field for messages) -> a masked language model with the student's tokenizer, fp32."""
+    new_student: Callable[[int], Encoder]
+    """Seed -> one more student as the configuration describes it, fp32 on the CPU."""
+
+
 class Method(Section):
     """Base of all methods: frozen options and the loss. What is trained beside the student is made by `build`."""
 
     uses_teacher: ClassVar[bool] = True
     """Whether a run of this method needs a teacher."""
+    kinds: ClassVar[tuple[Kind, ...]] = ("classification", "regression")
+    """Kinds of tasks that the method is defined for."""
 
     def mixing(self) -> Mixing | None:
         """How rows are paired and interpolated, or None if the method needs no mixed rows."""
@@ -45,9 +79,21 @@ class Method(Section):
         """Whether the teacher's logits of the clean rows enter the loss: those may be kept from epoch to epoch."""
         return False
 
-    def build(self, student: Encoder, teacher: Any | None) -> nn.Module | None:
-        """Further trainable modules (projections, more students); trained and checkpointed beside the student."""
+    @property
+    def trains_classifier(self) -> bool:
+        """Whether the student's logits are trained; if not, evaluations say nothing and the last weights are kept."""
+        return True
+
+    def build(self, setting: Setting) -> nn.Module | None:
+        """Further trainable modules (projections, more students); trained and checkpointed beside the student.
+
+        Their buffers are checkpointed too. Frozen models belong into a tuple, where torch does not see them.
+        """
         return None
+
+    def more_students(self, extras: nn.Module | None) -> list[Encoder]:
+        """Students among the extras; evaluated and saved at the end of the run as student_2, student_3, ..."""
+        return []
 
     def terms(
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
