@@ -54,9 +54,9 @@ def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
 
 
 def test_unknown_layers_are_named() -> None:
-    with pytest.raises(ModelError, match="Linear: its layers' queries, keys and values are not found"):
-        with reading_projections(torch.nn.Linear(2, 2), [0]):
-            pass
+    unknown = pytest.raises(ModelError, match="Linear: its layers' queries, keys and values are not found")
+    with unknown, reading_projections(torch.nn.Linear(2, 2), [0]):
+        pass
     assert layer_number(-1, 4, "method.layer") == 3
     with pytest.raises(ModelError, match=r"method.layer = 4: the model has 4 layers; allowed: -4 to 3"):
         layer_number(4, 4, "method.layer")

@@ -15,7 +15,61 @@ if TYPE_CHECKING:
     from mixkd_fast.models import Encoder
 
 
-class MixKD(CleanRowDistillation, Mixing):
+class MixedRowDistillation(CleanRowDistillation, Mixing):
+    """MixKD's objective without its name: the base of methods that can be combined with it.
+
+    L = mle_weight * CE(S(x), y) + kd_weight * d(T(x), S(x)) + sm_weight * L_SM + tmkd_weight * d(T(x'), S(x')).
+    """
+
+    sm_weight: Weight = 0.0
+    """alpha_SM: weight of the supervised loss on the mixed rows with mixed labels."""
+    tmkd_weight: Weight = 0.0
+    """alpha_TMKD: weight of the distance to the teacher on the mixed rows."""
+
+    def mixing(self) -> Mixing | None:
+        return self if self.sm_weight or self.tmkd_weight else None
+
+    def terms(
+        self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
+    ) -> dict[str, Tensor]:
+        # Asked first and read last: a teacher on a stream of its own works meanwhile.
+        teacher_clean, teacher_mixed = self._outputs(teacher, batch, self.needs_clean_teacher, self.tmkd_weight > 0)
+        clean, mixed = self._outputs(student, batch, self.needs_clean_student, self.mixing() is not None)
+        return self.objective(batch, *(_logits(output) for output in (clean, mixed, teacher_clean, teacher_mixed)))
+
+    @property
+    def needs_clean_student(self) -> bool:
+        """Whether the student's logits of the clean rows enter the loss."""
+        return self.mle_weight > 0 or self.kd_weight > 0
+
+    def objective(
+        self,
+        batch: Batch,
+        student_clean: Tensor | None,
+        student_mixed: Tensor | None,
+        teacher_clean: Tensor | None,
+        teacher_mixed: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The terms from logits [B, C] of the clean and [M, C] of the mixed rows; None where a weight is 0."""
+        terms = {}
+        if student_clean is not None:
+            terms = self.clean_terms(batch, student_clean, teacher_clean)
+        if self.sm_weight and student_mixed is not None:
+            terms["sm"] = self.sm_weight * mixed_supervised_loss(student_mixed, batch)
+        if teacher_mixed is not None and student_mixed is not None:
+            per_mixed_row = distance(student_mixed, teacher_mixed, self.distance, self.temperature)
+            terms["tmkd"] = self.tmkd_weight * per_clean_row(per_mixed_row, batch)
+        return terms
+
+    def _outputs(self, model: Any, batch: Batch, clean: bool, mixed: bool) -> tuple[Any, Any]:
+        """What the model gives for the rows that are asked for, from one forward; None for the others."""
+        if clean and mixed:
+            outputs: tuple[Any, Any] = model.both(batch, self)
+            return outputs
+        return model.clean(batch) if clean else None, model.mixed(batch, self) if mixed else None
+
+
+class MixKD(MixedRowDistillation):
     """L = mle_weight * CE(S(x), y) + kd_weight * d(T(x), S(x)) + sm_weight * L_SM + tmkd_weight * d(T(x'), S(x')).
 
     x' = lam * e(x_i) + (1 - lam) * e(x_j) on word embeddings, each model mixing in its own table with the same
@@ -32,31 +86,7 @@ class MixKD(CleanRowDistillation, Mixing):
     tmkd_weight: Weight = 1.0
     """alpha_TMKD: weight of the distance to the teacher on the mixed rows."""
 
-    def mixing(self) -> Mixing | None:
-        return self if self.sm_weight or self.tmkd_weight else None
 
-    def terms(
-        self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
-    ) -> dict[str, Tensor]:
-        assert teacher is not None
-        if self.mixing() is None:
-            return self.clean_terms(batch, student.clean(batch).logits, teacher.clean(batch).logits)
-        # Asked first and read last: a teacher on a stream of its own works meanwhile.
-        teacher_clean, teacher_mixed = self._outputs(teacher, batch, self.kd_weight > 0, self.tmkd_weight > 0)
-        clean, mixed = self._outputs(student, batch, self.mle_weight > 0 or self.kd_weight > 0, True)
-        terms = {}
-        if clean is not None:
-            terms = self.clean_terms(batch, clean.logits, None if teacher_clean is None else teacher_clean.logits)
-        if self.sm_weight:
-            terms["sm"] = self.sm_weight * mixed_supervised_loss(mixed.logits, batch)
-        if teacher_mixed is not None:
-            per_mixed_row = distance(mixed.logits, teacher_mixed.logits, self.distance, self.temperature)
-            terms["tmkd"] = self.tmkd_weight * per_clean_row(per_mixed_row, batch)
-        return terms
-
-    def _outputs(self, model: Any, batch: Batch, clean: bool, mixed: bool) -> tuple[Any, Any]:
-        """What the model gives for the rows that are asked for, from one forward; None for the others."""
-        if clean and mixed:
-            outputs: tuple[Any, Any] = model.both(batch, self)
-            return outputs
-        return model.clean(batch) if clean else None, model.mixed(batch, self) if mixed else None
+def _logits(output: Any | None) -> Tensor | None:
+    logits: Tensor | None = None if output is None else output.logits
+    return logits
