@@ -6,7 +6,7 @@ weighted 1. Models and data are made by `train_step.py`; the job file says where
 - textbook: transformers and plain PyTorch; rows padded to the longest allowed, clean and mixed rows in separate
   forwards, fp32 on the CPU (bf16 autocast on a GPU), eager losses.
 - tuned: batches of rows of like length padded to their longest, bf16 autocast, fused AdamW, SDPA. tuned_compiled: the
-  same with torch.compile of both models.
+  same with torch.compile of both models; tuned_reusing: the same in a process that keeps freed memory (CPU).
 - mixkd_fast: `distill` as its users call it.
 """
 

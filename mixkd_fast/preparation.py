@@ -289,6 +289,10 @@ def fuse(encoder: Encoder, training: Training, device: torch.device) -> str:
     """Compute the model's logits in fewer operations if that is wanted and possible; returns why not, or ""."""
     if not training.fused_encoder:
         return "training.fused_encoder is false"
+    attention = getattr(encoder.config, "_attn_implementation", None)
+    if attention not in (None, "sdpa"):
+        # Somebody chose it, and the fused layers know no other than their own.
+        return f'its attention is "{attention}"'
     reason = encoder.fuse()
     if encoder.fused is not None:
         encoder.fused.unpadded = training.unpadded

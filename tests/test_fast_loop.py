@@ -10,11 +10,14 @@ import pytest
 import torch
 from datasets import Dataset
 from test_non_finite import POISONED_ROW, PoisonedLoss
+from tiny_models import tiny_encoder
 from toy import losses, records, save_toy_teacher, toy_rows, toy_tokenizer
 
 from mixkd_fast import KD, MixKD, distill
+from mixkd_fast.configuration import Training
 from mixkd_fast.errors import ConfigurationError, NonFiniteError
 from mixkd_fast.methods.base import supervised_loss
+from mixkd_fast.preparation import fuse
 
 METHOD = MixKD(kd_weight=1.0)
 
@@ -185,6 +188,12 @@ class _Stepper:
 def test_compilation_needs_a_fused_student(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(ConfigurationError, match=r'training\.compile = "dynamic" compiles the fused layers'):
         train(tmp_path, teacher, "run", {"compile": "dynamic", "fused_encoder": False})
+
+
+def test_an_attention_that_somebody_chose_is_kept() -> None:
+    device = torch.device("cpu")
+    assert fuse(tiny_encoder("bert", attn_implementation="eager"), Training(), device) == 'its attention is "eager"'
+    assert fuse(tiny_encoder("bert", attn_implementation="sdpa"), Training(), device) == ""
 
 
 def test_the_fused_forward_and_the_models_own_train_alike(tmp_path: Path, teacher: Path) -> None:
