@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -76,17 +77,20 @@ def run(chosen: Mapping[str, Part], out: Path) -> dict[str, dict[str, Any]]:
             continue
         log = out / f"{name}.log"
         with log.open("w") as file:
+            child = subprocess.Popen(
+                ["bash", "-c", part.command],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
-                status: int | str = subprocess.run(
-                    ["bash", "-c", part.command],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    timeout=part.limit_s,
-                    check=False,
-                ).returncode
+                status: int | str = child.wait(part.limit_s)
             except subprocess.TimeoutExpired:
+                # With everything that it has started, or the next part would share the GPU.
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
                 status = f"still running after {part.limit_s} s"
         lines = log.read_text(errors="replace").strip().splitlines() or [""]
         outcome = {"outcome": "passed"} if status == 0 else {"outcome": "failed", "why": f"status {status}"}

@@ -5,8 +5,8 @@ weighted 1. Models and data are made by `train_step.py`; the job file says where
 
 - textbook: transformers and plain PyTorch; rows padded to the longest allowed, clean and mixed rows in separate
   forwards, fp32 on the CPU (bf16 autocast on a GPU), eager losses.
-- tuned: batches of rows of like length padded to their longest, bf16 autocast, fused AdamW, SDPA. tuned_compiled: the
-  same with torch.compile of both models; tuned_reusing: the same in a process that keeps freed memory (CPU).
+- tuned: batches of rows of like length padded to their longest, bf16 autocast and teacher, fused AdamW, SDPA.
+  tuned_compiled: the same with torch.compile of both models; tuned_reusing: in a process that keeps freed memory (CPU).
 - mixkd_fast: `distill` as its users call it.
 """
 
@@ -80,7 +80,7 @@ def mixkd_loss(teacher: nn.Module, student: nn.Module, batch: Padded, partner: T
 
     def mixed(model: Any) -> Tensor:
         words = model.get_input_embeddings()(ids)
-        embedded = weight * words + (1 - weight) * words[partner]
+        embedded = (weight * words + (1 - weight) * words[partner]).to(words.dtype)
         logits: Tensor = model(inputs_embeds=embedded, attention_mask=mask | mask[partner]).logits
         return logits.float()
 
@@ -107,6 +107,8 @@ class Loop:
         self.job, self.arm, self.device = job, arm, job["device"]
         self.rows = load_rows(job)
         self.teacher, self.student = load_models(job)
+        if arm != "textbook":
+            self.teacher = self.teacher.bfloat16()
         if arm == "tuned_compiled":
             self.teacher, self.student = (torch.compile(model, dynamic=True) for model in (self.teacher, self.student))
         self.half = arm != "textbook" or self.device == "cuda"
@@ -207,16 +209,24 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 def _epochs(lines: list[dict[str, Any]], summary: dict[str, Any], job: dict[str, Any]) -> list[dict[str, Any]]:
     """Seconds of each epoch, from the log's rates; their sum is what the run says it took."""
     count, training = job["epochs"], summary["training"]
-    seconds, rows, before = [0.0] * count, training["steps"] * training["batch_size"] / count, 0
-    for line in (line for line in lines if line["kind"] == "train"):
+    seconds, rows, before = [0.0] * count, [training["steps"] * training["batch_size"] / count] * count, 0
+    tokens_per_row = training["tokens_per_s"] * training["seconds"] / sum(rows)
+    lines = [line for line in lines if line["kind"] == "train"]
+    for line in lines:
         steps, before = line["step"] - before, line["step"]
         seconds[min(count - 1, int(line["epoch"] - 1e-9))] += steps * line["step_ms"] / 1e3
     scale = training["seconds"] / sum(seconds)
-    tokens = training["tokens_per_s"] * training["seconds"] / count
     if not all(seconds):
         # Epochs shorter than the distance of the log's lines.
         seconds, scale = [training["seconds"] / count] * count, 1.0
-    return [{"seconds": value * scale, "rows": rows, "tokens": tokens} for value in seconds]
+    elif job["device"] == "cuda":
+        # As in the other arms, the first steps are not counted: models are compiled in them.
+        seconds[0] -= lines[0]["step"] * lines[0]["step_ms"] / 1e3
+        rows[0] -= lines[0]["step"] * training["batch_size"]
+    return [
+        {"seconds": value * scale, "rows": number, "tokens": number * tokens_per_row}
+        for value, number in zip(seconds, rows, strict=True)
+    ]
 
 
 def _profiled(run: Callable[[], object], steps: int, device: str) -> dict[str, float]:

@@ -11,7 +11,7 @@ BARS = {
 MFU_BAR = {"bert-large": 0.35}
 NAMES = {
     "textbook": "textbook: padded to the longest allowed, four forwards",
-    "tuned": "tuned: like lengths, bf16 autocast, fused AdamW, SDPA",
+    "tuned": "tuned: like lengths, bf16 autocast and teacher, fused AdamW, SDPA",
     "tuned_reusing": "the same, freed memory kept by glibc's variables",
     "tuned_compiled": "tuned with torch.compile",
     "mixkd_fast": "mixkd_fast",
@@ -42,9 +42,9 @@ def _section(result: dict[str, Any], device: str) -> list[str]:
         "",
         f"{job['rows']:,} rows, {job['epochs']} epochs, batches of {job['batch_size']} rows with as many mixed ones. "
         f"Samples/s of mixkd_fast count the {ours['store_seconds']:.1f} s in which it computed the teacher's logits; "
-        f"the textbook arm is timed over {job['textbook_steps']} steps of a round, the compiled one without its first "
-        "steps. MFU: matrix FLOPs of real tokens that the arm computes, of "
-        f"{result['peak_flops'] * 1e-12:.2f} TFLOP/s in bf16.",
+        f"the textbook arm is timed over {job['textbook_steps']} steps of a round, the plain ones without their first "
+        f"{job['warmup_steps']} steps, and on a GPU none with those in which models are compiled. MFU: matrix FLOPs of "
+        f"real tokens that the arm computes, of {result['peak_flops'] * 1e-12:.2f} TFLOP/s in bf16.",
         "",
         "| arm | samples/s [all rounds] | real tokens/s | mixkd_fast is | MFU | peak MiB | samples/s by epoch |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -62,7 +62,8 @@ def _section(result: dict[str, Any], device: str) -> list[str]:
         f"{precision} {value:.1e}" for precision, value in result["agreement"]["largest_relative_difference"].items()
     )
     verdict = "within" if result["agreement"]["agrees"] else "NOT within"
-    lines += [f"Loss on identical batches against the textbook's in fp32, largest relative difference: {differences}, "
+    lines += [f"Loss on identical batches against the textbook's in fp32, largest relative difference (fp32, bf16: of "
+              f"mixkd_fast; tuned: of that arm): {differences}, "
               f"{verdict} the tolerance.", ""]  # fmt: skip
     parts = {name: value for name, value in result["parts_ms"].items() if name != "device idle share"}
     whole = sum(parts.values())

@@ -175,6 +175,9 @@ class Student(Section):
         return self
 
 
+DEFAULT_EPOCHS = 3.0
+
+
 class Training(Section):
     """Steps, batches, precision, optimizer, evaluation and saving."""
 
@@ -280,6 +283,11 @@ class Config(Section):
             raise ValueError(
                 f'teacher: is missing, and method "{self.method.name}" imitates one; add a teacher section '
                 'with a model, or use method "finetune"'
+            )
+        if self.teacher is not None and self.teacher.stream and self.training.compile == "shapes":
+            raise ValueError(
+                'teacher: stream true and training.compile "shapes" exclude each other, because CUDA graphs of two '
+                'streams would share memory; leave one out, or use compile "dynamic"'
             )
         if self.teacher is None and self.student.model is None and self.student.config is None:
             raise ValueError(

@@ -12,7 +12,7 @@ from datasets import Dataset
 from mixkd_fast import distributed
 from mixkd_fast.configuration import Config, Output, Student, Task, Teacher, Training, validate
 from mixkd_fast.engine import DistillationModule, Engine, start_distributed
-from mixkd_fast.host_memory import keep_freed_memory
+from mixkd_fast.host_memory import give_back_freed_memory, keep_freed_memory
 from mixkd_fast.method_setting import setting_of
 from mixkd_fast.methods import AnyMethod, FineTune, Method
 from mixkd_fast.preparation import Loaded, prepare, print_start
@@ -104,8 +104,17 @@ def run_config(config: Config, loaded: Loaded | None = None, resume: bool = Fals
     device = distributed.choose_device()
     start_distributed(device)
     distributed.share_cores(config.training.threads)
-    if device.type == "cpu" and (config.teacher is None or config.teacher.zero_stage == 0):
+    keeps_memory = device.type == "cpu" and (config.teacher is None or config.teacher.zero_stage == 0)
+    if keeps_memory:
         keep_freed_memory()
+    try:
+        return _run(config, loaded, device, resume, progress)
+    finally:
+        if keeps_memory:
+            give_back_freed_memory()
+
+
+def _run(config: Config, loaded: Loaded, device: torch.device, resume: bool, progress: bool) -> Result:
     folder = RunFolder(config, resume)
     started = time.time()
     parts = prepare(config, loaded, device)

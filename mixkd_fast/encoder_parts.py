@@ -60,7 +60,7 @@ def parts_of(model: nn.Module) -> EncoderParts | str:
     """The parts of a transformers sequence classifier, or why it is computed by its own forward."""
     config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", None)
-    if family not in _FAMILIES or type(model).__name__ not in _CLASSES:
+    if family not in FAMILIES or type(model).__name__ not in _CLASSES:
         return f"{type(model).__name__} is not one of {', '.join(_CLASSES)}"
     if not type(model).__module__.startswith("transformers.models.") or "forward" in vars(model):
         return "its forward is not that of transformers"
@@ -69,7 +69,7 @@ def parts_of(model: nn.Module) -> EncoderParts | str:
     if getattr(config, "chunk_size_feed_forward", 0):
         return "chunk_size_feed_forward is set"
     try:
-        parts = _FAMILIES[family](model)
+        parts = FAMILIES[family](model)
     except AttributeError as error:
         return f"this version of transformers names its parts otherwise ({error})"
     odd = next((m for m in parts.modules() if not _is_plain(m)), None)
@@ -85,12 +85,18 @@ def _is_plain(module: nn.Module) -> bool:
 
 def why_not_now(model: nn.Module, parts: EncoderParts) -> str:
     """What keeps the parts from being read at this moment, or "": hooks that must see calls, partitioned parameters."""
+    present = set()
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return "a forward hook is registered inside it"
+        if module._backward_hooks or module._backward_pre_hooks:
+            return "a backward hook is registered inside it"
         if getattr(module, "gradient_checkpointing", False):
             return "gradient checkpointing is on"
+        present.add(module)
     for module in parts.modules():
+        if module not in present:
+            return "a layer has been replaced"
         if any(hasattr(parameter, "ds_id") for parameter in module._parameters.values()):
             return "its parameters are partitioned"
         table = isinstance(module, nn.Embedding)
@@ -196,7 +202,7 @@ def _distilbert(model: Any) -> EncoderParts:
     )
 
 
-_FAMILIES: dict[str, Callable[[Any], EncoderParts]] = {
+FAMILIES: dict[str, Callable[[Any], EncoderParts]] = {
     "bert": _bert,
     "roberta": _roberta,
     "xlm-roberta": _roberta,

@@ -105,6 +105,8 @@ class Engine:
         self.device = device
         self._module = module
         config = dict(deepspeed_config)
+        # DeepSpeed's own counting of throughput waits for the device twice in every step.
+        config.setdefault("timers", {"throughput": {"enabled": False}})
         module.autocast = autocasts(training, config)
         self._records = StepRecords(source_rows, training.non_finite == "stop", training.precision == "fp16")
         groups = _parameter_groups(module, training.weight_decay)
@@ -115,6 +117,7 @@ class Engine:
                 self._is_plain = zero_stage == 0 and training.precision != "fp16"
                 self._is_plain &= not config.get("bf16", {}).get("enabled", False)
                 self._is_plain &= type(optimizer) is torch.optim.AdamW  # an offloaded one neither guards nor scales
+                self._is_plain &= "scheduler" not in config  # it would count steps that were not applied
                 if self._is_plain:
                     config["gradient_clipping"] = 0.0  # `_update` clips on the device, together with the guard
                 self._engine, *_ = deepspeed.initialize(

@@ -113,7 +113,9 @@ class FrozenTeacher:
                 # The other ranks would not take part in its forward.
                 raise MixKDError("teacher.store: kept logits have become unreadable; run again with --resume")
 
-    def keep_logits(self, config: Config, rows: TokenRows, plan: EvaluationPlan, num_classes: int) -> None:
+    def keep_logits(
+        self, config: Config, rows: TokenRows, plan: EvaluationPlan, num_classes: int, progress: bool = True
+    ) -> None:
         """Compute and keep the logits of all training rows that are not kept yet; `attach` gives them out. Collective.
 
         Whatever keeps them from being kept costs one line, and the teacher then runs in every epoch.
@@ -128,12 +130,12 @@ class FrozenTeacher:
             )
             return
         folder = Path(section.store_dir) if section.store_dir else _cache_dir(config) / "teacher_logits"
+        started = time.perf_counter()
         key = self._key(config, rows, plan)
         store = TeacherStore.open(folder, key, len(rows), num_classes, limit)
         if store is None:
             return
-        started = time.perf_counter()
-        missing = self._fill(store, rows, plan)
+        missing = self._fill(store, rows, plan, progress)
         # The disk may have lost rows, or another program removed them, since they were written.
         if _missing(store).size:
             distributed.say(f"The teacher's logits cannot be kept in {folder}: the teacher runs in every epoch")
@@ -153,11 +155,11 @@ class FrozenTeacher:
         facts = (self._digest(), rows.content_hash, *how, section.attention, plan.padding.side)
         return hashlib.sha256(repr((_FORMAT, *facts)).encode()).hexdigest()
 
-    def _fill(self, store: TeacherStore, rows: TokenRows, plan: EvaluationPlan) -> int:
+    def _fill(self, store: TeacherStore, rows: TokenRows, plan: EvaluationPlan, progress: bool) -> int:
         """Write the rows that are missing on any machine. Returns how many those were."""
         missing = _missing(store)
         rank, ranks = distributed.rank(), distributed.world_size()
-        bar = Progress(-(-len(missing) // (plan.batch_size * ranks)), 0, len(missing) > 0, "batch")
+        bar = Progress(-(-len(missing) // (plan.batch_size * ranks)), 0, progress and len(missing) > 0, "batch")
         for batch in (
             EvaluationBatches(rows, plan.batch_size, rank, ranks, plan.padding, missing) if len(missing) else ()
         ):

@@ -13,11 +13,13 @@ are not padding, H width, h heads, C classes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,6 +32,10 @@ from mixkd_fast.packed_attention import PackedRows, attend_packed, can_attend, p
 
 if TYPE_CHECKING:
     from mixkd_fast.data.batching import Batch
+
+
+_SHAPES = 128
+"""How often the layers of one model may be compiled: widths in steps of 8 up to 512, training and evaluation."""
 
 
 @dataclass
@@ -85,10 +91,11 @@ class FusedEncoder:
         """What keeps the model from being computed here at this moment, or ""."""
         return why_not_now(self._model, self.parts)
 
-    def compile(self, *, dynamic: bool, mode: str | None = None) -> None:
+    def compile(self, *, dynamic: bool, mode: str | None = None, backend: str = "inductor") -> None:
         """Let torch.compile make the layers: once for any shape (dynamic), or once for each shape."""
-        self._layers = torch.compile(run_layers, dynamic=dynamic, mode=mode)
-        self._packed_layers = torch.compile(run_packed_layers, dynamic=True)
+        limits = _compilation_limits()
+        self._layers = torch.compile(run_layers, dynamic=dynamic, mode=mode, backend=backend, **limits)
+        self._packed_layers = torch.compile(run_packed_layers, dynamic=True, backend=backend, **limits)
 
     def __call__(self, batch: Batch, mixing: Mixing | None, include_clean: bool, token_types: Tensor | None) -> Logits:
         """Logits of the clean rows (mixing None), of the mixed rows, or of both, clean ones first.
@@ -164,6 +171,15 @@ class FusedEncoder:
         if self._kept is None or self._kept[0] != state:
             self._kept = state, [_layer_weights(layer, dtype) for layer in self.parts.layers]
         return self._kept[1]
+
+
+def _compilation_limits() -> dict[str, Any]:
+    """Room for every padded width of teacher and student, which are the same code to torch.compile."""
+    if {"recompile_limit", "isolate_recompiles"} <= inspect.signature(torch.compile).parameters.keys():
+        return {"recompile_limit": _SHAPES, "isolate_recompiles": True}
+    # Older versions of torch have one limit for the process.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * _SHAPES)
+    return {}
 
 
 def run_layers(hidden: Tensor, bias: Tensor, weights: list[LayerWeights], options: list[LayerOptions]) -> Tensor:

@@ -17,7 +17,16 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
+def give_back_freed_memory() -> None:
+    """The end of `keep_freed_memory`: give the system what is free now, and what comes free later."""
+    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 1 << 16)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 17)
+        libc.malloc_trim(0)
 
 
 def return_freed_memory() -> None:

@@ -38,6 +38,7 @@ from mixkd_fast.student_layers import (
 )
 
 __all__ = [
+    "DTYPES",
     "Encoder",
     "LoadedSource",
     "ModelSource",
@@ -59,7 +60,7 @@ __all__ = [
 ]
 
 Kind = Literal["classification", "regression"]
-_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def teacher_source(section: Teacher) -> ModelSource:
@@ -110,7 +111,7 @@ def load_teacher_encoder(
     source = teacher_source(section)
     check_num_labels(source.config, 1 if kind == "regression" else num_labels, label_names)
     state = {name: read() for name, read in source.stored_tensors()}
-    model, missing, misfits = source.build(source.config, state, _DTYPES[section.precision or precision])
+    model, missing, misfits = source.build(source.config, state, DTYPES[section.precision or precision])
     _check_body_is_whole(source, model, missing, misfits)
     if missing or misfits:
         raise ModelError(

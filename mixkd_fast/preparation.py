@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run: tokenizer, rows, teacher, student, DeepSpeed's configuration."""
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from mixkd_fast import distributed
-from mixkd_fast.configuration import BatchArithmetic, Config, Teacher, Training, batch_arithmetic
+from mixkd_fast.configuration import BatchArithmetic, Config, Precision, Teacher, Training, batch_arithmetic
 from mixkd_fast.console import human_count, print_summary
 from mixkd_fast.data.batching import Padding
 from mixkd_fast.data.loading import load_splits
@@ -23,6 +24,7 @@ from mixkd_fast.facts import device_name, used_backends
 from mixkd_fast.frozen_teacher import FrozenTeacher
 from mixkd_fast.model_checks import largest_layer_numel
 from mixkd_fast.models import (
+    DTYPES,
     Encoder,
     check_max_length,
     check_num_labels,
@@ -215,7 +217,7 @@ def _teacher(
     precision = "fp32" if section.quantization else section.precision or config.training.precision
     if loaded.teacher is not None:
         check_num_labels(loaded.teacher.config, spec.num_labels, spec.label_names)
-        encoder = Encoder(loaded.teacher.eval().requires_grad_(False))
+        encoder = Encoder(_in_precision(loaded.teacher, precision).eval().requires_grad_(False))
         check_vocabulary(encoder.model, tokenizer, "teacher")
         check_max_length(encoder.config, config.task.max_length, "teacher")
         if section.zero_stage == 3:
@@ -227,12 +229,22 @@ def _teacher(
     check_max_length(source.config, config.task.max_length, "teacher")
     check_num_labels(source.config, spec.num_labels, spec.label_names)
     if section.zero_stage == 3:
+        if section.stream:
+            distributed.say("teacher.stream has no effect: it is for a teacher of zero_stage 0")
         check_vocabulary(source.skeleton(), tokenizer, "teacher")
         sharded = load_sharded_teacher(section, source, precision, arithmetic.micro_batch_size, device)
         return FrozenTeacher(sharded, lambda: store_key_of_files(source.files, source.config.to_json_string()))
     encoder = load_teacher_encoder(section, spec.num_labels, spec.kind, spec.label_names, precision)
     check_vocabulary(encoder.model, tokenizer, "teacher")
     return _whole_teacher(config, encoder, device)
+
+
+def _in_precision(model: torch.nn.Module, precision: Precision) -> torch.nn.Module:
+    """The caller's model, or a copy of it in another precision."""
+    wanted = DTYPES[precision]
+    if all(p.dtype == wanted for p in model.parameters() if p.is_floating_point()):
+        return model
+    return copy.deepcopy(model).to(wanted)
 
 
 def further_teacher(
@@ -281,7 +293,10 @@ def _whole_teacher(config: Config, encoder: Encoder, device: torch.device) -> Fr
     reason = fuse(encoder, config.training, device)
     if reason and config.training.compile != "off":
         distributed.say(f"training.compile leaves the teacher as it is: {reason}")
-    beside = config.teacher is not None and config.teacher.stream and device.type == "cuda"
+    wanted = config.teacher is not None and config.teacher.stream
+    beside = wanted and device.type == "cuda"
+    if wanted and not beside:
+        distributed.say("teacher.stream has no effect: it is for a GPU")
     return FrozenTeacher(encoder, lambda: store_key(encoder.model, ""), torch.cuda.Stream(device) if beside else None)
 
 

@@ -41,7 +41,7 @@ def quantize(model: nn.Module, quantization: Quantization) -> nn.Module:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         from torch.ao.quantization import quantize_dynamic
 
-        quantized: nn.Module = quantize_dynamic(model.float(), {nn.Linear}, dtype=torch.qint8)
+        quantized: nn.Module = quantize_dynamic(copy.deepcopy(model).float(), {nn.Linear}, dtype=torch.qint8)
     return quantized.eval()
 
 

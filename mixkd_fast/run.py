@@ -89,7 +89,7 @@ class Run:
         Raises: Interrupted after a stop signal, once a checkpoint is written.
         """
         self._judge_teacher()
-        self._keep_teacher_logits()
+        self._keep_teacher_logits(progress)
         log = MetricsLog(self.folder.path / "metrics.jsonl", self.state.metrics_bytes)
         bar = Progress(self.steps, self.state.step, progress)
         depth = self.config.training.prefetch
@@ -222,14 +222,14 @@ class Run:
             distributed.say(f"teacher on {split}: {shown}")
         self.teacher_rows_per_s = rows / seconds if seconds else None
 
-    def _keep_teacher_logits(self) -> None:
+    def _keep_teacher_logits(self, progress: bool) -> None:
         """Compute the teacher's logits of all training rows once, where several epochs will ask for them."""
         parts, config = self.parts, self.config
         if parts.teacher is None or config.teacher is None or not config.method.needs_clean_teacher:
             return
         # A few rows beyond one epoch are not worth a pass of their own.
         if config.teacher.store and self.stream.epoch(self.steps) > 1.05:
-            parts.teacher.keep_logits(config, parts.train, self.plan, parts.spec.num_labels)
+            parts.teacher.keep_logits(config, parts.train, self.plan, parts.spec.num_labels, progress)
 
     def _evaluate(self, log: MetricsLog, bar: Progress) -> None:
         state = self.state

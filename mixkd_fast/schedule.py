@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mixkd_fast.configuration import BatchArithmetic, Training
+from mixkd_fast.configuration import DEFAULT_EPOCHS, BatchArithmetic, Training
 from mixkd_fast.data.batching import Draw, GlobalBatches
 from mixkd_fast.data.planned_batches import PlannedBatches
 from mixkd_fast.mixing import Mixing
@@ -50,12 +50,7 @@ def total_steps(training: Training, stream: Stream) -> int:
     """Optimizer steps of the run: `steps`, or those of `epochs`."""
     if training.steps is not None:
         return training.steps
-    return stream.steps_in(3.0 if training.epochs is None else training.epochs)
-
-
-def expected_steps(training: Training, num_rows: int) -> int:
-    """`total_steps` before the rows are known one by one: as if every step had batch_size rows."""
-    return total_steps(training, GlobalBatches(num_rows, training.batch_size, training.seed))
+    return stream.steps_in(DEFAULT_EPOCHS if training.epochs is None else training.epochs)
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:

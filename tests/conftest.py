@@ -1,7 +1,9 @@
 """Shared by all tests: this checkout and the helpers beside the tests are importable; no hub is asked."""
 
+import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,21 +21,20 @@ if not torch.cuda.is_available():
 # Hundreds of trainings in one process: what each needed at its peak would add up (see mixkd_fast.host_memory).
 os.environ.setdefault("MALLOC_CHECK_", "0")
 _SHARED_MEMORY = Path("/dev/shm")
-
-
-def _deepspeed_buffers() -> set[Path]:
-    return set(_SHARED_MEMORY.glob("deepspeed_allreduce_buffer_*")) if _SHARED_MEMORY.is_dir() else set()
-
-
-_BUFFERS_BEFORE = _deepspeed_buffers()
+_OLD_S = 600.0
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _remove_shared_memory() -> Iterator[None]:
-    """DeepSpeed's ranks on a CPU leave 64 MiB of shared memory each: a whole run of these tests would fill it."""
+    """DeepSpeed's ranks on a CPU leave 64 MiB of shared memory each: a whole run of these tests would fill it.
+
+    Only what is old: other tests may be running beside these.
+    """
     yield
-    for path in _deepspeed_buffers() - _BUFFERS_BEFORE:
-        path.unlink(missing_ok=True)
+    for path in _SHARED_MEMORY.glob("deepspeed_allreduce_buffer_*") if _SHARED_MEMORY.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _OLD_S:
+                path.unlink()
 
 
 @pytest.fixture(params=["reference", "cpu"])

@@ -1,7 +1,10 @@
 """The loop that does not wait and does not repeat itself: kept teacher logits, planned batches, late reports."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,13 +14,14 @@ import torch
 from datasets import Dataset
 from test_non_finite import POISONED_ROW, PoisonedLoss
 from tiny_models import tiny_encoder
-from toy import losses, records, save_toy_teacher, toy_rows, toy_tokenizer
+from toy import ROOT, losses, records, save_toy_teacher, toy_rows, toy_tokenizer
 
 from mixkd_fast import KD, MixKD, distill
 from mixkd_fast.configuration import Training
 from mixkd_fast.errors import ConfigurationError, NonFiniteError
 from mixkd_fast.methods.base import supervised_loss
 from mixkd_fast.preparation import fuse
+from mixkd_fast.saving import load_model
 
 METHOD = MixKD(kd_weight=1.0)
 
@@ -77,7 +81,7 @@ def test_logits_are_not_kept_where_nobody_asks_twice(tmp_path: Path, teacher: Pa
     assert not (tmp_path / "store").exists()
 
 
-def test_a_store_that_is_too_small_or_cannot_be_written_costs_one_line(
+def test_a_store_that_cannot_be_written_costs_one_line(
     tmp_path: Path, teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "store").write_text("in the way")
@@ -188,6 +192,55 @@ class _Stepper:
 def test_compilation_needs_a_fused_student(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(ConfigurationError, match=r'training\.compile = "dynamic" compiles the fused layers'):
         train(tmp_path, teacher, "run", {"compile": "dynamic", "fused_encoder": False})
+
+
+def test_a_loaded_teacher_answers_in_the_wanted_precision_and_stays_as_it_was(tmp_path: Path, teacher: Path) -> None:
+    model, _ = load_model(teacher)
+    train(tmp_path, teacher, "loaded", {"epochs": 1}, teacher_section={"model": model, "precision": "bf16"})
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    train(tmp_path, teacher, "named", {"epochs": 1}, teacher_section={"model": str(teacher), "precision": "bf16"})
+    train(tmp_path, teacher, "fp32", {"epochs": 1})
+    assert losses(tmp_path / "loaded") == losses(tmp_path / "named") != losses(tmp_path / "fp32")
+
+
+def test_throughput_timers_of_deepspeed_are_off(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+
+    seen = []
+    original = deepspeed.initialize
+    monkeypatch.setattr(deepspeed, "initialize", lambda **fields: seen.append(fields["config"]) or original(**fields))
+    train(tmp_path, teacher, "run", {"epochs": 1})
+    assert [config["timers"] for config in seen] == [{"throughput": {"enabled": False}}]
+
+
+def test_freed_memory_is_kept_for_the_run_and_given_back_after_it() -> None:
+    """In a process of its own: tests turn the keeping off, because it would make them all as large as the largest."""
+    code = """
+import psutil, torch
+from mixkd_fast.host_memory import give_back_freed_memory, keep_freed_memory
+process = psutil.Process()
+def faults():
+    before = process.memory_full_info().rss
+    torch.ones(96 << 18)
+    return (process.memory_full_info().rss - before) / 2**20
+torch.ones(96 << 18)
+assert faults() < 8, "glibc gives a large block back at once"
+keep_freed_memory()
+faults()
+assert process.memory_info().rss / 2**20 > 90
+kept = process.memory_info().rss
+blocks = [torch.ones(96 << 18) for _ in range(3)]
+del blocks
+grown = process.memory_info().rss
+assert grown - kept > 150 << 20, (kept, grown)
+give_back_freed_memory()
+assert process.memory_info().rss < grown - (200 << 20), (grown, process.memory_info().rss)
+"""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=plain, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_attention_that_somebody_chose_is_kept() -> None:

@@ -276,3 +276,43 @@ def test_a_model_with_a_forward_of_its_own_is_not_fused() -> None:
     encoder = tiny_encoder("bert")
     encoder.model.forward = encoder.model.forward
     assert "not that of transformers" in encoder.fuse()
+
+
+def test_a_layer_replaced_later_and_backward_hooks_are_noticed() -> None:
+    encoder = tiny_encoder("bert")
+    assert encoder.fuse() == "" and encoder.fused is not None
+    attention = encoder.model.bert.encoder.layer[1].attention.self
+    original = attention.query
+    attention.query = torch.nn.Linear(original.in_features, original.out_features)
+    assert encoder.fused.why_not_now() == "a layer has been replaced"
+    batch = tiny_batch(encoder.config, [5, 3])
+    torch.testing.assert_close(encoder.clean(batch).logits, Encoder(encoder.model).clean(batch).logits)
+    attention.query = original
+    assert encoder.fused.why_not_now() == ""
+    with_hook = original.register_full_backward_hook(lambda *_: None)
+    assert encoder.fused.why_not_now() == "a backward hook is registered inside it"
+    with_hook.remove()
+    assert encoder.fused.why_not_now() == ""
+
+
+def test_every_width_is_compiled_for_teacher_and_student() -> None:
+    """More widths than torch.compile allows by itself: beyond its limit it would run the layers eagerly, silently."""
+    compiled: dict[str, int] = {"teacher": 0, "student": 0}
+
+    def counting(name: str) -> Any:
+        def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+            compiled[name] += 1
+            return graph.forward
+
+        return backend
+
+    encoders = {name: tiny_encoder("bert", seed=number) for number, name in enumerate(compiled)}
+    encoders["teacher"].requires_grad_(False)
+    for name, encoder in encoders.items():
+        assert encoder.fuse() == "" and encoder.fused is not None
+        encoder.fused.compile(dynamic=False, backend=counting(name))
+    widths = range(3, 15)
+    for encoder in encoders.values():
+        for width in widths:
+            encoder.clean(tiny_batch(encoder.config, [width, width - 1]))
+    assert compiled == {"teacher": len(widths), "student": len(widths)}

@@ -18,12 +18,8 @@ from mixkd_fast import cli_plan
 from mixkd_fast.configuration import Config, validate
 from mixkd_fast.encoder import Encoder
 from mixkd_fast.errors import ConfigurationError, ModelError
-from mixkd_fast.planning.flops import (
-    FIRST_TOKEN_FAMILIES,
-    EncoderShape,
-    attention_flops,
-    forward_flops,
-)
+from mixkd_fast.mixing import Mixing
+from mixkd_fast.planning.flops import EncoderShape, attention_flops, forward_flops
 from mixkd_fast.planning.hardware import GPUS, MATMUL_EFFICIENCY, gpu_rates
 from mixkd_fast.planning.lengths import RowLengths, mnli_lengths, row_lengths, sample_batches
 from mixkd_fast.planning.memory import Placement
@@ -33,6 +29,7 @@ from mixkd_fast.planning.throughput import throughput
 from mixkd_fast.planning.workload import workload
 
 BERT = {"model_type": "bert", "vocab_size": 30522}
+FUSED = ("bert", "roberta", "electra", "distilbert")
 
 
 def config_of(folder: Path, **sections: Any) -> Config:
@@ -76,7 +73,7 @@ def test_deberta_of_version_1_cuts_distances_at_the_longest_row() -> None:
     assert forward_flops(EncoderShape.of(config), [11] * 3) == counted(lambda: model(input_ids=ids))
 
 
-@pytest.mark.parametrize("family", FIRST_TOKEN_FAMILIES)
+@pytest.mark.parametrize("family", FUSED)
 def test_first_token_flops_are_those_of_the_fused_encoder(family: str) -> None:
     encoder = Encoder(tiny_model(family).requires_grad_(False))
     assert encoder.fuse() == ""
@@ -272,3 +269,33 @@ def test_widest_batch_is_that_of_the_longest_row() -> None:
     counts = np.zeros(37, dtype=np.int64)
     counts[36] = 5
     assert RowLengths(counts, None, 128, "").widest == 40 and RowLengths(counts, None, 38, "").widest == 38
+
+
+def test_what_keeps_models_from_the_fused_forward_costs(tmp_path: Path) -> None:
+    plain = make_plan(config_of(tmp_path), ["H200"], [1])
+    checkpointed = make_plan(
+        config_of(
+            tmp_path, training={"batch_size": 64, "epochs": 4.0, "precision": "bf16", "gradient_checkpointing": True}
+        ),
+        ["H200"],
+        [1],
+    )
+    quantized = {"model": str(tmp_path / "teacher"), "quantization": "fp8"}
+    narrow = make_plan(config_of(tmp_path, teacher=quantized), ["H200"], [1])
+
+    def flops(plan: Any, who: str) -> float:
+        (count,) = plan.devices[0].counts
+        return float(sum(part.flops for part in count.throughput.parts if part.name.startswith(who)))
+
+    # One forward more, and the last layer whole.
+    assert 1.33 < flops(checkpointed, "student") / flops(plain, "student") < 1.6
+    assert flops(checkpointed, "teacher") == flops(plain, "teacher") < flops(narrow, "teacher")
+
+
+def test_partners_from_the_whole_data_set_widen_planned_batches() -> None:
+    lengths = mnli_lengths(128)
+    near = sample_batches(lengths, 32, Mixing(), True, 32)
+    far = sample_batches(lengths, 32, Mixing(pairing="dataset"), True, 32)
+    random = sample_batches(lengths, 32, Mixing(), False, 32)
+    assert near.padding_overhead < 0.2 < 1.0 < far.padding_overhead
+    assert abs(far.padding_overhead - random.padding_overhead) < 0.5

@@ -33,6 +33,18 @@ def test_an_epoch_has_each_row_at_most_once_and_little_padding(tokens: int | Non
     assert padded < 1.35 * ROWS.lengths[rows].sum() < random
 
 
+@pytest.mark.parametrize(("tokens", "groups"), [(None, 1), (96, 4)])
+def test_no_row_sits_out_epoch_after_epoch(tokens: int | None, groups: int) -> None:
+    """All rows in one window, which would leave the longest ones every time if they were what is left."""
+    batches = PlannedBatches(ROWS.lengths, 32, 3, tokens_per_micro_batch=tokens, micro_batches=groups)
+    counts = np.zeros(len(ROWS), dtype=np.int64)
+    for step in range(batches.steps_in(8)):
+        counts[batches.draw(step).row_ids] += 1
+    assert counts.max() == 8
+    # 19 of 403 rows sit out an epoch; with a budget at most three, which then are the longest.
+    assert (counts == 0).sum() <= (0 if tokens is None else 3) and counts.mean() > 7.5
+
+
 def test_steps_rows_and_epochs_add_up() -> None:
     batches = stream(96, 4)
     steps = batches.steps_in(3)

@@ -102,9 +102,12 @@ struct Planner {
 
   void plan() {
     const Rows shuffled = permutation(seed, epoch, ROWS, 0, num_rows);
-    for (int64_t start = 0, end = 0; start < num_rows; start = end) {
+    // Where the rest is known beforehand it is random rows; what sorting leaves are the longest ones, every epoch.
+    const bool known = drop_last && tokens_per_batch == 0;
+    const int64_t num_taken = known ? num_rows - num_rows % (rows_per_batch * group_size) : num_rows;
+    for (int64_t start = 0, end = 0; start < num_taken; start = end) {
       // At least as many as are left over: what waits for a whole group is not sorted again for every few rows.
-      end = std::min(start + std::max(window, static_cast<int64_t>(pool.size())), num_rows);
+      end = std::min(start + std::max(window, static_cast<int64_t>(pool.size())), num_taken);
       pool.insert(pool.end(), shuffled.begin() + start, shuffled.begin() + end);
       sort_pool();
       const Rows cuts = cut_pool();

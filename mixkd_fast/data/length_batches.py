@@ -72,7 +72,8 @@ def plan_batches(
         group_size: batches of one optimizer step over all ranks, num_ranks * accumulation; they are of near-equal size.
             Batch g * group_size + i is the i-th of step g. A last group without enough batches is made whole by halving
             its largest ones, as far as it has rows.
-        drop_last: leave out the rows that are left when no full group of full batches can be made of them.
+        drop_last: leave out the rows that are left when no full group of full batches can be made of them: random ones
+            of each epoch; with tokens_per_batch, where their number is not known, the longest of the last window.
         start_batch: the plan from this batch on: a resumed run takes the batches that it has not seen.
         planner: "host" is compiled, "numpy" makes the same plan a few times slower; "auto" takes the first there is.
     Raises: ValueError for an option or length out of range; RuntimeError, with the reason, if "host" is not there.
@@ -173,6 +174,9 @@ def _plan_in_numpy(
     widths_N = -(-lengths_N.astype(np.int64) // pad_multiple) * pad_multiple
     most_rows, most_tokens = rows_per_batch or num_rows + 1, tokens_per_batch or 2**62
     shuffled = _permutation(seed, epoch, _ROWS, 0, num_rows)
+    if drop_last and not tokens_per_batch:
+        # Where the rest is known beforehand it is random rows; what sorting leaves are the longest ones, every epoch.
+        num_rows -= num_rows % (rows_per_batch * group_size)
     pool = shuffled[:0]
     batches: list[NDArray[np.int64]] = []
     start = 0

@@ -17,10 +17,11 @@ from mixkd_fast.mixing import Mixing
 
 
 class PlannedBatches:
-    """Every epoch is planned anew by `plan_batches`; rows that fill no last batch sit that epoch out.
+    """Every epoch is planned anew by `plan_batches`; random rows that fill no last batch sit that epoch out.
 
     With tokens_per_micro_batch a micro-batch takes as many rows as its padded width leaves room for (micro_batch_size
-    at most), so that the rows of a step vary; without it every step has batch_size rows.
+    at most), so that the rows of a step vary; the last one of an epoch takes what is left, if that is a row for every
+    micro-batch. Without it every step has batch_size rows.
     """
 
     def __init__(
@@ -88,8 +89,11 @@ class PlannedBatches:
         with self._lock:
             while len(self._first_steps) <= epoch:
                 last = len(self._first_steps) - 1
-                self._first_rows.append(self._first_rows[last] + len(self._plan(last).order))
-                self._first_steps.append(self._first_steps[last] + self._steps_of(last))
+                steps = self._steps_of(last)
+                self._first_rows.append(
+                    self._first_rows[last] + int(self._plan(last).offsets[steps * self._group_size])
+                )
+                self._first_steps.append(self._first_steps[last] + steps)
 
     def _steps_of(self, epoch: int) -> int:
         return self._plan(epoch).num_batches // self._group_size
@@ -113,7 +117,7 @@ class PlannedBatches:
                     window=self._window,
                     pad_multiple=self._pad_multiple,
                     group_size=self._group_size,
-                    drop_last=True,
+                    drop_last=not budget,
                 )
             except ValueError as error:
                 raise ConfigurationError(f"training.tokens_per_micro_batch: {error}") from error

@@ -24,9 +24,6 @@ FAMILIES = (
     "deberta",
     "deberta-v2",
 )
-FIRST_TOKEN_FAMILIES = ("bert", "roberta", "electra", "distilbert")
-"""Families whose last layer the engine may compute for the first token alone."""
-
 Lengths = Sequence[int] | NDArray[np.int64]
 
 

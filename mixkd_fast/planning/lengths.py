@@ -123,8 +123,8 @@ def sample_batches(
 ) -> BatchLengths:
     """Micro-batches as the run makes them, with their padding.
 
-    Args: is_length_planned = rows of like length are put together, and so are mixed rows; else a micro-batch of
-    random rows is as wide as its longest row or partner.
+    Args: is_length_planned = rows of like length are put together, and so are partners of the same batch; a
+    micro-batch is as wide as its longest row or partner.
     """
     rng = np.random.default_rng(seed)
     lengths_N = lengths.draw(_SAMPLED_BATCHES * micro_batch_size, rng)
@@ -135,11 +135,13 @@ def sample_batches(
         plan = plan_batches(lengths_N, rows_per_batch=micro_batch_size, seed=seed, drop_last=True)
         batches = [lengths_N[plan.rows(batch)] for batch in range(plan.num_batches)]
         rows_BR = np.stack([batch for batch in batches if len(batch) == micro_batch_size])
-        longest_B = rows_BR.max(axis=1)
     else:
         rows_BR = lengths_N.reshape(_SAMPLED_BATCHES, micro_batch_size)
+    longest_B = rows_BR.max(axis=1)
+    # In batches of like length a partner of the same batch is like the row, one of the whole data set is not.
+    if not is_length_planned or (mixing is not None and mixing.pairing == "dataset"):
         partners = _num_partners(mixing, micro_batch_size, batch_size)
-        others_BP = lengths.draw(_SAMPLED_BATCHES * partners, rng).reshape(_SAMPLED_BATCHES, partners)
+        others_BP = lengths.draw(len(rows_BR) * partners, rng).reshape(len(rows_BR), partners)
         longest_B = np.concatenate([rows_BR, others_BP], axis=1).max(axis=1)
     width_B = padded_width(longest_B, lengths.max_length)
     clean = np.repeat(width_B[:, None], micro_batch_size, axis=1)

@@ -1,7 +1,7 @@
 """Teacher and student of a plan: their shapes and parameter counts, from configurations alone (no weights)."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from mixkd_fast.student_layers import chosen_layers, num_layers, select_in_confi
 _DROPOUTS = ("hidden_dropout_prob", "dropout", "embedding_dropout", "mlp_dropout")
 _ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
 _EXPLICIT_ATTENTION = ("deberta", "deberta-v2")
+_FUSED_ATTENTION = (None, "sdpa")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class PlannedModel:
     has_attention_dropout: bool
     explicit_attention: bool
     """Whether attention scores are kept as tensors, not inside a fused kernel."""
+    own_forward: bool = False
+    """Whether something keeps it from the fused forward: quantised layers, checkpointing, a chosen attention."""
 
     def describe(self) -> str:
         """A line for people."""
@@ -51,12 +54,19 @@ def planned_teacher(config: Config) -> PlannedModel | None:
     """The teacher of a run, or None. Raises: ModelError if its configuration cannot be read."""
     if config.teacher is None:
         return None
-    source = teacher_source(config.teacher)
-    return planned_model(source.config, source.skeleton(), config.teacher.attention)
+    section = config.teacher
+    source = teacher_source(section)
+    planned = planned_model(source.config, source.skeleton(), section.attention)
+    return replace(planned, own_forward=section.quantization is not None or section.attention not in _FUSED_ATTENTION)
 
 
 def planned_student(config: Config) -> PlannedModel:
     """The student of a run, its layers chosen as the configuration says. Raises: ModelError."""
+    own_forward = config.training.gradient_checkpointing or config.student.attention not in _FUSED_ATTENTION
+    return replace(_student(config), own_forward=own_forward)
+
+
+def _student(config: Config) -> PlannedModel:
     section = config.student
     if section.config is not None:
         fields = dict(section.config)

@@ -82,8 +82,10 @@ def throughput(
 def _student_parts(student: PlannedModel, work: Workload, placement: Placement, rates: Rates) -> list[Part]:
     element, fused = BYTES[work.student_precision], work.is_fused(student, placement.student_stage)
     shares = {"clean": float(work.student_clean), "mixed": float(work.student_mixed)}
+    # Every product of the forward has two in the backward, and one more where activations are computed again.
+    passes = 4.0 if work.gradient_checkpointing else 3.0
     return [
-        _forward_part(f"student, {name} rows", student, lengths, rates, element, fused, True, repeats)
+        _forward_part(f"student, {name} rows", student, lengths, rates, element, fused, passes, repeats)
         for name, lengths, repeats in _forwards(work, shares, fused)
     ]
 
@@ -92,7 +94,7 @@ def _teacher_parts(teacher: PlannedModel, work: Workload, placement: Placement, 
     element, fused = BYTES[work.teacher_precision], work.is_fused(teacher, placement.teacher_stage or 0)
     shares = {"clean": work.teacher_clean_share, "mixed": float(work.teacher_mixed)}
     return [
-        _forward_part(f"teacher, {name} rows", teacher, lengths, rates, element, fused, False, repeats)
+        _forward_part(f"teacher, {name} rows", teacher, lengths, rates, element, fused, 1.0, repeats)
         for name, lengths, repeats in _forwards(work, shares, fused)
     ]
 
@@ -116,12 +118,11 @@ def _forward_part(
     rates: Rates,
     element: int,
     fused: bool,
-    training: bool,
+    passes: float,
     repeats: float,
 ) -> Part:
-    """`repeats` forwards (with backwards) of a mean micro-batch of the sample."""
-    # Every product of the forward has two in the backward.
-    shape, passes = model.shape, 3.0 if training else 1.0
+    """`repeats` forwards (with backwards, as so many passes) of a mean micro-batch of the sample."""
+    shape, training = model.shape, passes > 1
     all_flops = passes * float(np.mean([forward_flops(shape, row, fused) for row in lengths_BN]))
     attention = passes * float(np.mean([attention_flops(shape, row, fused) for row in lengths_BN]))
     positions = float(lengths_BN.sum(axis=1).mean())

@@ -3,14 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from mixkd_fast.configuration import Config, Precision, batch_arithmetic
+from mixkd_fast.configuration import DEFAULT_EPOCHS, Config, Precision, batch_arithmetic
+from mixkd_fast.encoder_parts import FAMILIES
 from mixkd_fast.methods import FineTune
-from mixkd_fast.planning.flops import FIRST_TOKEN_FAMILIES
 from mixkd_fast.planning.lengths import BatchLengths, RowLengths, sample_batches
 from mixkd_fast.planning.models import PlannedModel
 
-DEFAULT_EPOCHS = 3.0
-"""Of training.epochs, where neither it nor training.steps is given."""
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -32,7 +30,7 @@ class Workload:
     student_precision: Precision
     teacher_precision: Precision
     fused_encoder: bool
-    """training.fused_encoder; it applies to families in FIRST_TOKEN_FAMILIES whose weights are whole on each rank."""
+    """training.fused_encoder; it applies to families of encoder_parts whose weights are whole on each rank."""
     gradient_checkpointing: bool
     steps: int | None
     """Steps of the run; None where the number of training rows is not known."""
@@ -44,7 +42,7 @@ class Workload:
 
     def is_fused(self, model: PlannedModel, stage: int) -> bool:
         """Whether the engine computes this model itself: last layer for the first token, one product for q, k, v."""
-        return self.fused_encoder and model.family in FIRST_TOKEN_FAMILIES and stage != 3
+        return self.fused_encoder and model.family in FAMILIES and not model.own_forward and stage != 3
 
     @property
     def student_rows(self) -> int:
