@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEEPSPEED := $(BIN)/deepspeed
+# Processes that share the test files of `make test`.
+JOBS ?= 2
 
 OP_TESTS := $(wildcard tests/test_losses*.py tests/test_reference_divergences.py tests/test_kd_loss_*.py tests/test_mix_*.py)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -16,7 +18,7 @@ demo: venv  ## a teacher, three students, a table and a report, in a few minutes
 	$(BIN)/python examples/pipeline.py runs/demo_mixkd/student
 
 test: venv  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 bench: venv  ## measure the fused ops against eager PyTorch, torch.compile and a copy of the same bytes
 	$(BIN)/python -m benchmarks all --json runs/bench/ops.json
