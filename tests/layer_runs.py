@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tiny_models import tiny_batch, tiny_config, tiny_encoder
-from toy import records, toy_config
+from toy import records, save_toy_teacher, toy_config
 
 from mixkd_fast import distill
 from mixkd_fast.data.batching import Batch
@@ -30,7 +30,12 @@ WIDER = {
 def toy_run(
     folder: Path, method: dict[str, Any], output: str = "run", stage: int = 0, student: Any = None, **training: Any
 ) -> list[dict[str, float]]:
-    """The terms of every step of a 20-step run through the whole program, the student in fp32 without dropout."""
+    """The terms of every step of a 20-step run through the whole program.
+
+    Nothing drops out, and weights are large enough that the teacher's attention is not uniform.
+    """
+    if not (folder / "teacher").exists():
+        save_toy_teacher(folder / "teacher", initializer_range=0.2)
     shape = {"steps": 20, "batch_size": 16, "micro_batch_size": 16, "evaluate_every": 20, "learning_rate": 3e-3}
     config = toy_config(folder, output, method=method, training=shape | training)
     config["student"] = student or {"num_layers": 2}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layer_runs import falls, halves, layer_batch, layer_models, own_teacher, toy_run, widened
+from layer_runs import WIDER, falls, halves, layer_batch, layer_models, own_teacher, toy_run, widened
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -139,7 +139,7 @@ def test_the_ramp_begins_at_zero_and_ends_at_the_weight() -> None:
 
     def size(step: int, **options: Any) -> float:
         terms = CRILD(**options).terms(batch, student, teacher, extras, Moment(step, 20, 0.0))
-        return float(terms["consistency"].sum())
+        return float(terms["consistency"].detach().sum())
 
     full = size(9)
     assert size(0) == 0.0
@@ -170,6 +170,7 @@ def test_stages_come_one_after_the_other() -> None:
 def test_what_the_engine_asks_of_it() -> None:
     assert CRILD().trains_classifier and not CRILD(ild_share=1.0).trains_classifier
     assert CRILD().needs_clean_teacher and not CRILD(ild_share=1.0).needs_clean_teacher
+    assert CRILD().reads_teacher and not CRILD(ild_share=0.0).reads_teacher
     assert CRILD().mixing() is not None and CRILD(ild_share=0.0).mixing() is None
     assert CRILD(consistency_weight=0.0).mixing() is None
     assert CRILD(ild_share=0.0, sm_weight=1.0).mixing() is not None
@@ -302,7 +303,8 @@ def test_terms_fall_and_accumulation_changes_nothing(tmp_path: Path, options: di
         assert other == pytest.approx(step, rel=5e-3, abs=1e-5)
 
 
-def test_two_stages_in_one_run(tmp_path: Path) -> None:
-    terms = toy_run(tmp_path, {"name": "cr_ild", "ild_share": 0.5}, steps=40)
-    assert [set(step) for step in terms] == [{"attention", "hidden", "consistency"}] * 20 + [{"kd"}] * 20
+def test_two_parts_in_one_run(tmp_path: Path) -> None:
+    method = {"name": "cr_ild", "ild_share": 0.5, "attention": "none"}
+    terms = toy_run(tmp_path, method, steps=40, student=WIDER, learning_rate=1e-2)
+    assert [set(step) for step in terms] == [{"hidden", "consistency"}] * 20 + [{"kd"}] * 20
     assert falls(terms[:20], "hidden") and falls(terms[20:], "kd")

@@ -1,5 +1,6 @@
 """PKD: the patience term against its equation, its identities, and runs in which it falls."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,15 @@ def test_micro_batches_change_nothing() -> None:
     parts = [method.terms(half, student, teacher, None, MOMENT) for half in halves(batch)]
     for name, value in whole.items():
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), value, msg=name)
+
+
+def test_the_teacher_runs_in_every_step_and_no_logits_are_kept() -> None:
+    """Kept logits would cost a pass over all rows and save none."""
+    assert PKD().reads_teacher and not PKD().needs_clean_teacher and PKD().mixing() is None
+    batch, (student, teacher) = layer_batch(), layer_models()
+    kept = replace(batch, teacher_logits=torch.full((4, 3), 7.0))
+    for name, value in PKD().terms(kept, student, teacher, None, MOMENT).items():
+        torch.testing.assert_close(value, PKD().terms(batch, student, teacher, None, MOMENT)[name], msg=name)
 
 
 def test_nothing_to_train_is_refused() -> None:

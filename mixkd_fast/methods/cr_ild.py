@@ -90,6 +90,10 @@ class CRILD(MixedRowDistillation):
         return self.ild_share < 1
 
     @property
+    def reads_teacher(self) -> bool:
+        return self.ild_share > 0
+
+    @property
     def needs_clean_teacher(self) -> bool:
         return self.kd_weight > 0 and self.ild_share < 1
 

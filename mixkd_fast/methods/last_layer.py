@@ -81,4 +81,5 @@ def hidden_distance(own: LastLayer, target: LastLayer) -> Tensor:
 
 def _cut_anew(values: Tensor, heads: int) -> Tensor:
     """[O, h, L, d] -> [O, heads, L, h * d / heads], the heads side by side and cut again."""
-    return values.transpose(1, 2).flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2)
+    cut: Tensor = values.transpose(1, 2).flatten(2).unflatten(-1, (heads, -1))
+    return cut.transpose(1, 2)

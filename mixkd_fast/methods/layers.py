@@ -34,6 +34,10 @@ class LayerComparison(MixedRowDistillation):
         # Its layers are read in every step, and its logits come with them: none need be kept.
         return False
 
+    @property
+    def reads_teacher(self) -> bool:
+        return True
+
     def objective_and_readings(
         self, batch: Batch, student: Encoder, teacher: Any
     ) -> tuple[dict[str, Tensor], Reading, Reading]:
