@@ -28,6 +28,15 @@ class Reading:
     projections: dict[int, Projections]
     """Layer number (0-based) -> its queries, keys and values, for the layers that were asked for."""
 
+    def rows(self, rows: slice) -> Reading:
+        """Some rows of everything."""
+        return Reading(
+            self.logits[rows],
+            tuple(hidden[rows] for hidden in self.hidden_states),
+            self.mask[rows],
+            {number: part.rows(rows) for number, part in self.projections.items()},
+        )
+
 
 @dataclass
 class Projections:
@@ -37,6 +46,10 @@ class Projections:
     """[O, h, L, d]"""
     key: Tensor
     value: Tensor
+
+    def rows(self, rows: slice) -> Projections:
+        """Those of some rows."""
+        return Projections(self.query[rows], self.key[rows], self.value[rows])
 
 
 _PATHS = (

@@ -1,6 +1,7 @@
 """Distillation losses for any PyTorch trainer: a function and its `nn.Module` face. Needs torch only.
 
-Legend of shape suffixes: `...` the rows (any leading shape), C classes, K kept classes of a top-k teacher.
+Legend of shape suffixes: `...` the rows (any leading shape), C classes, K kept classes of a top-k teacher; O rows of
+tokens, h heads, L positions, d width of a head.
 """
 
 from typing import Literal, NamedTuple, overload
@@ -8,7 +9,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from mixkd_fast.ops import DivergenceName, LossInputs, Reduction, RowOptions, TopK, checks
+from mixkd_fast.ops import DivergenceName, LossInputs, Reduction, RowOptions, TopK, checks, relation_checks
 
 
 class KDLossParts(NamedTuple):
@@ -264,4 +265,57 @@ class KDLoss(nn.Module):
         return ", ".join([*changed, f"reduction={self.reduction!r}"])
 
 
-__all__ = ["KDLoss", "KDLossParts", "TopK", "kd_loss"]
+def relation_kl(
+    student_first: Tensor,
+    student_second: Tensor,
+    teacher_first: Tensor,
+    teacher_second: Tensor,
+    student_mask: Tensor,
+    teacher_mask: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Divergence of attention relations: of the teacher's attention-like distributions from the student's.
+
+    loss_o = 1/h sum over heads a and over tokens i of KL(p_ai || q_ai)
+    with p_ai = softmax over tokens j of teacher_first_ai . teacher_second_aj / sqrt(d_T) and q_ai the same of the
+    student. `first` and `second` are queries and keys for attention transfer; the same tensor twice for the relations
+    QQ^T, KK^T, VV^T of MiniLM-v2 (then its two gradients add up). With grad_o from above, per token i:
+    dS = (q - p) grad_o / (h sqrt(d_S)), d first = dS . second, d second = dS^T . first.
+
+    Arithmetic in fp32, or fp64 if student or teacher is fp64. Cross entropy in the place of KL differs by the entropy
+    of p, which has no gradient. The kernels hold the relations of a few queries at a time, never [O, h, L, L]; the
+    reference does.
+
+    Args:
+        student_first, student_second: floating [O, h, L, d_S], both of one dtype and of any strides: a transposed view
+            of a linear layer's output is fine.
+        teacher_first, teacher_second: floating [O, h, L, d_T], both of one dtype. No gradient, no autograd state.
+        student_mask: bool, integer or floating [O, L], not 0 where there is a token.
+        teacher_mask: the same of the teacher; None = student_mask.
+        backend: "auto" or a name of `mixkd_fast.ops.backends`.
+
+    Tokens that only one of the masks has are left out, as queries and as keys: both softmaxes run over the keys that
+    both have. (A key of the teacher alone has q = 0: the divergence would be infinite.) What stands in padding is not
+    looked at, NaN neither; a NaN in a token makes its row NaN and no other. A row without tokens is 0 with gradient 0.
+
+    Returns: [O] in the dtype of the arithmetic, a sum over tokens and a mean over heads: the reduction is the caller's.
+    0 where student and teacher agree. Differentiable once, backwards: a second derivative and forward mode raise, but
+    for backend "reference".
+
+    Raises: ValueError for shapes, dtypes and devices that do not fit together; RuntimeError for a missing backend.
+
+    Sources: MiniLM-v2, Wang et al. 2021 (arXiv 2012.15828); CR-ILD, Ko et al. 2023 (arXiv 2302.01530).
+    """
+    from mixkd_fast.ops import backends
+
+    inputs = relation_checks.checked_inputs(
+        student_first, student_second, teacher_first, teacher_second, student_mask, teacher_mask
+    )
+    double = inputs.compute_dtype == torch.float64
+    name = backends.resolve("relation_kl", student_first.device.type, backend, double)
+    loss: Tensor = backends.load("relation_kl", name)(inputs)
+    return loss
+
+
+__all__ = ["KDLoss", "KDLossParts", "TopK", "kd_loss", "relation_kl"]

@@ -18,6 +18,8 @@ class Mixing(Section):
 
     alpha: Annotated[float, Field(gt=0)] = 0.4
     """Parameter of lam ~ Beta(alpha, alpha)."""
+    larger_first: bool = False
+    """Take max(lam, 1 - lam), so that a row is never the smaller part of its own mixed row."""
     lam_per: Literal["row", "batch"] = "row"
     """A lam for every mixed row, or one for the whole global batch."""
     pairing: Literal["batch", "dataset"] = "batch"
@@ -31,7 +33,9 @@ class Mixing(Section):
 
 
 def draw_lam(mixing: Mixing, num_rows: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """lam ~ Beta(alpha, alpha): float32 [num_rows], all equal for lam_per="batch"."""
-    if mixing.lam_per == "batch":
-        return np.full(num_rows, rng.beta(mixing.alpha, mixing.alpha), dtype=np.float32)
-    return rng.beta(mixing.alpha, mixing.alpha, size=num_rows).astype(np.float32)
+    """lam ~ Beta(alpha, alpha): float32 [num_rows], all equal for lam_per="batch", all >= 1/2 for larger_first."""
+    count = 1 if mixing.lam_per == "batch" else num_rows
+    lam = rng.beta(mixing.alpha, mixing.alpha, size=count)
+    if mixing.larger_first:
+        lam = np.maximum(lam, 1 - lam)
+    return np.broadcast_to(lam, num_rows).astype(np.float32)

@@ -49,6 +49,13 @@ def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     yield name
 
 
+@pytest.fixture(params=["reference"])
+def relation_backend(request: pytest.FixtureRequest) -> str:
+    """Every backend of relation_kl that runs on the CPU."""
+    name: str = request.param
+    return name
+
+
 def require(name: str) -> None:
     """Skip what needs a backend that is not here; where MIXKD_REQUIRE names it, as CI does, fail instead."""
     from mixkd_fast.ops import backends

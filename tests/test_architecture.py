@@ -28,11 +28,11 @@ LAYERS = [
     {"step_records", "store_entries"},
     {"checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
     {"fused_encoder"},
-    {"encoder_parts", "encoder_tables", "encoder_readings", "packed_attention", "quantized_teacher"},
+    {"encoder_parts", "encoder_tables", "packed_attention", "quantized_teacher"},
     {"build_locks", "configuration", "distributed"},
     {"config_errors", "host_memory", "strict_json"},
     {"methods"},
-    {"losses", "mix", "mixing"},
+    {"encoder_readings", "losses", "mix", "mixing"},
     {"errors", "ops", "section", "version"},
 ]
 HOMES = {

@@ -28,7 +28,8 @@ def test_every_shipped_configuration_is_right(path: Path) -> None:
     assert config.schema_ == "./schema.json"
     student_deepspeed_config(config, batch_arithmetic(config.training, 1))
     if config.teacher is not None and config.task.name not in ("demo", "reviews"):
-        assert config.teacher.model == f"runs/{config.task.name}-teacher/student"
+        task = "rte" if path.stem == "cr_ild_supplementary" else config.task.name
+        assert config.teacher.model == f"runs/{task}-teacher/student"
 
 
 def test_tasks_of_the_paper_have_their_configuration() -> None:
@@ -72,6 +73,13 @@ def test_one_command_each_makes_the_teachers(name: str) -> None:
     student = load_config(ROOT / "configs" / f"{name}.json").teacher
     assert student is not None and student.model == f"{teacher.output.directory}/student"
     assert teacher.task.name == name and teacher.student.model == "google-bert/bert-base-uncased"
+
+
+def test_the_parts_of_cr_ild_fit_together() -> None:
+    first, second = (load_config(ROOT / "configs" / f"cr_ild_{part}.json") for part in ("supplementary", "target"))
+    assert second.student.model == f"{first.output.directory}/student" and second.teacher == first.teacher
+    assert not first.method.trains_classifier and second.method.mixing() is None
+    assert first.task.name != second.task.name
 
 
 def test_runs_write_into_folders_of_their_own() -> None:
@@ -140,7 +148,7 @@ def test_the_schema_says_of_a_method_which_it_is() -> None:
     """Editors pick the fields to offer by `method.name`."""
     schema = json.loads((ROOT / "configs" / "schema.json").read_text())
     mapping = schema["properties"]["method"]["discriminator"]["mapping"]
-    assert set(mapping) == {"finetune", "kd", "mixkd"}
+    assert set(mapping) == {"cr_ild", "finetune", "kd", "mixkd", "pkd", "pkt"}
     for name, reference in mapping.items():
         section = _resolved({"$ref": reference}, schema)
         assert section["properties"]["name"]["const"] == name

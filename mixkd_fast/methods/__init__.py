@@ -5,10 +5,13 @@ from typing import Annotated
 from pydantic import Field
 
 from mixkd_fast.methods.base import Method, Moment, Setting
+from mixkd_fast.methods.cr_ild import CRILD
 from mixkd_fast.methods.finetune import FineTune
 from mixkd_fast.methods.kd import KD
 from mixkd_fast.methods.mixkd import MixKD
+from mixkd_fast.methods.pkd import PKD
+from mixkd_fast.methods.pkt import PKT
 
-AnyMethod = Annotated[FineTune | KD | MixKD, Field(discriminator="name")]
+AnyMethod = Annotated[CRILD | FineTune | KD | MixKD | PKD | PKT, Field(discriminator="name")]
 
-__all__ = ["KD", "AnyMethod", "FineTune", "Method", "MixKD", "Moment", "Setting"]
+__all__ = ["CRILD", "KD", "PKD", "PKT", "AnyMethod", "FineTune", "Method", "MixKD", "Moment", "Setting"]

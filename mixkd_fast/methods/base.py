@@ -80,6 +80,11 @@ class Method(Section):
         return False
 
     @property
+    def reads_teacher(self) -> bool:
+        """Whether the teacher runs on the clean rows in every step, whatever is kept: its layers enter the loss."""
+        return False
+
+    @property
     def trains_classifier(self) -> bool:
         """Whether the student's logits are trained; if not, evaluations say nothing and the last weights are kept."""
         return True

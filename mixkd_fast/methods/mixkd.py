@@ -27,20 +27,25 @@ class MixedRowDistillation(CleanRowDistillation, Mixing):
     """alpha_TMKD: weight of the distance to the teacher on the mixed rows."""
 
     def mixing(self) -> Mixing | None:
-        return self if self.sm_weight or self.tmkd_weight else None
+        return self if self.needs_mixed_student else None
 
     def terms(
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
         # Asked first and read last: a teacher on a stream of its own works meanwhile.
         teacher_clean, teacher_mixed = self._outputs(teacher, batch, self.needs_clean_teacher, self.tmkd_weight > 0)
-        clean, mixed = self._outputs(student, batch, self.needs_clean_student, self.mixing() is not None)
+        clean, mixed = self._outputs(student, batch, self.needs_clean_student, self.needs_mixed_student)
         return self.objective(batch, *(_logits(output) for output in (clean, mixed, teacher_clean, teacher_mixed)))
 
     @property
     def needs_clean_student(self) -> bool:
         """Whether the student's logits of the clean rows enter the loss."""
         return self.mle_weight > 0 or self.kd_weight > 0
+
+    @property
+    def needs_mixed_student(self) -> bool:
+        """Whether the student's logits of the mixed rows enter the loss."""
+        return self.sm_weight > 0 or self.tmkd_weight > 0
 
     def objective(
         self,

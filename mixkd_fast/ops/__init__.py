@@ -1,4 +1,4 @@
-"""What every backend of the row losses agrees on: the options, the teacher as top-k, the signature.
+"""What every backend of an op agrees on: the options, the teacher as top-k, the signatures.
 
 Legend of shape suffixes: `...` any leading row shape, C classes, K kept classes of a top-k teacher.
 """
@@ -110,3 +110,23 @@ class MixInputs(NamedTuple):
     use_norm: bool
     num_rows: int
     include_clean: bool
+
+
+class RelationInputs(NamedTuple):
+    """Checked arguments of one call of `mixkd_fast.losses.relation_kl`. Only the student's tensors receive gradients.
+
+    student_first and student_second [O, h, L, d_S], teacher_first and teacher_second [O, h, L, d_T], of any strides,
+    each pair of one dtype; keep bool [O, L]: the tokens of both masks.
+    """
+
+    student_first: Tensor
+    student_second: Tensor
+    teacher_first: Tensor
+    teacher_second: Tensor
+    keep: Tensor
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the arithmetic and the loss: fp64 if student or teacher is, else fp32."""
+        double = torch.float64 in (self.student_first.dtype, self.teacher_first.dtype)
+        return torch.float64 if double else torch.float32

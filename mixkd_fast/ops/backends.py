@@ -91,6 +91,12 @@ def _triton_mix_embeddings() -> Callable[..., Any]:
     return fused_triton
 
 
+def _reference_relation_kl() -> Callable[..., Any]:
+    from mixkd_fast.ops.relation_reference import relation_kl
+
+    return relation_kl
+
+
 TABLE: dict[tuple[str, str], Entry] = {
     ("kd_loss", "reference"): Entry(_reference_kd_loss, _always_there),
     ("kd_loss", "cpu"): Entry(_fused_kd_loss, _cpu_missing),
@@ -100,6 +106,7 @@ TABLE: dict[tuple[str, str], Entry] = {
     ("mix_embeddings", "cpu"): Entry(_fused_mix_embeddings, _cpu_missing),
     ("mix_embeddings", "triton"): Entry(_triton_mix_embeddings, _triton_missing),
     ("mix_embeddings", "cuda"): Entry(_fused_mix_embeddings, _cuda_missing),
+    ("relation_kl", "reference"): Entry(_reference_relation_kl, _always_there),
 }
 """(op, backend) -> what it is and why it may be missing. Its functions are plain imports: torch.compile traces them."""
 REFERENCE_ONLY_IN_DOUBLE = ("triton", "cuda")

@@ -65,9 +65,9 @@ def workload(config: Config, lengths: RowLengths, ranks: int) -> Workload:
     steps = training.steps
     if steps is None and lengths.num_rows is not None:
         steps = math.ceil((training.epochs or DEFAULT_EPOCHS) * lengths.num_rows / training.batch_size)
-    imitates_clean = not isinstance(method, FineTune) and method.kd_weight > 0
+    imitates_clean = not isinstance(method, FineTune) and (method.kd_weight > 0 or method.reads_teacher)
     trains_clean = isinstance(method, FineTune) or method.mle_weight > 0 or method.kd_weight > 0
-    stores = config.teacher is None or config.teacher.store
+    stores = config.teacher is None or (config.teacher.store and not method.reads_teacher)
     epochs = None if steps is None or lengths.num_rows is None else steps * training.batch_size / lengths.num_rows
     return Workload(
         ranks=ranks,
