@@ -11,6 +11,7 @@ from mixkd_fast.data.tasks import KNOWN_TASKS
 from mixkd_fast.page import number
 
 _OBJECTIVES = {
+    "dml": "L_i = mle_weight · CE(S_i(x), y) + mutual_weight / (K-1) · Σ_j τ² KL(p_j ‖ p_i), K students",
     "finetune": "L = CE(S(x), y)",
     "kd": "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x))",
     "mixkd": (

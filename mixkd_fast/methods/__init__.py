@@ -5,10 +5,11 @@ from typing import Annotated
 from pydantic import Field
 
 from mixkd_fast.methods.base import Method, Moment, Setting
+from mixkd_fast.methods.dml import DML
 from mixkd_fast.methods.finetune import FineTune
 from mixkd_fast.methods.kd import KD
 from mixkd_fast.methods.mixkd import MixKD
 
-AnyMethod = Annotated[FineTune | KD | MixKD, Field(discriminator="name")]
+AnyMethod = Annotated[DML | FineTune | KD | MixKD, Field(discriminator="name")]
 
-__all__ = ["KD", "AnyMethod", "FineTune", "Method", "MixKD", "Moment", "Setting"]
+__all__ = ["DML", "KD", "AnyMethod", "FineTune", "Method", "MixKD", "Moment", "Setting"]

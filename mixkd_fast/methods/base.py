@@ -66,13 +66,18 @@ class Method(Section):
     """Base of all methods: frozen options and the loss. What is trained beside the student is made by `build`."""
 
     uses_teacher: ClassVar[bool] = True
-    """Whether a run of this method needs a teacher."""
+    """Whether a run of this method needs a teacher, unless its options say otherwise (`needs_teacher`)."""
     kinds: ClassVar[tuple[Kind, ...]] = ("classification", "regression")
     """Kinds of tasks that the method is defined for."""
 
     def mixing(self) -> Mixing | None:
         """How rows are paired and interpolated, or None if the method needs no mixed rows."""
         return None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a run with these options needs a teacher."""
+        return self.uses_teacher
 
     @property
     def needs_clean_teacher(self) -> bool:
