@@ -60,6 +60,8 @@ class Setting:
     """(hub name or folder, field for messages) -> a masked language model with the student's tokenizer, fp32."""
     new_student: Callable[[int], Encoder]
     """Seed -> one more student as the configuration describes it, fp32 on the CPU."""
+    share: Callable[[Any], Any]
+    """A value of every rank -> rank 0's, on every rank."""
 
 
 class Method(Section):
@@ -95,6 +97,11 @@ class Method(Section):
         Their buffers are checkpointed too. Frozen models belong into a tuple, where torch does not see them.
         """
         return None
+
+    def teacher_logits(self, batch: Batch, teacher: Any, extras: nn.Module | None) -> Tensor:
+        """What the run reports and compares with as the teacher's answers in evaluation: logits [B, C]."""
+        logits: Tensor = teacher.clean(batch).logits
+        return logits
 
     def more_students(self, extras: nn.Module | None) -> list[Encoder]:
         """Students among the extras; evaluated and saved at the end of the run as student_2, student_3, ..."""
