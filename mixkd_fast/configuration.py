@@ -279,7 +279,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        if self.method.uses_teacher and self.teacher is None:
+        if self.method.needs_teacher and self.teacher is None:
             raise ValueError(
                 f'teacher: is missing, and method "{self.method.name}" imitates one; add a teacher section '
                 'with a model, or use method "finetune"'

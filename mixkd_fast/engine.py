@@ -207,6 +207,11 @@ class Engine:
         logits: Tensor = self._engine(batch, None, student)[0]
         return logits.cpu()
 
+    @torch.no_grad()
+    def teacher_logits(self, batch: Batch, teacher: Any) -> Tensor:
+        """The answers [B, C] that the method takes for the teacher's in an evaluation."""
+        return self._module.method.teacher_logits(batch, teacher, self._module.extras)
+
     @property
     def num_students(self) -> int:
         """1, but for methods that train several students together."""

@@ -68,15 +68,22 @@ class FrozenTeacher:
         with self._alone(batch):
             return self._teacher.read(batch, mixing, **options)
 
-    def sampled(self, batch: Batch, passes: int) -> Tensor:
-        """Logits [passes, B, C] of the clean rows with the teacher's dropout at work (Monte-Carlo dropout)."""
+    def sampled(self, batch: Batch, passes: int, mixing: Mixing | None = None) -> Tensor:
+        """Logits [passes, B, C] of the clean rows with the teacher's dropout at work (Monte-Carlo dropout).
+
+        With mixing those of the mixed rows: [passes, M, C].
+        """
         if self.num_dropouts == 0:
             raise ModelError("teacher: has no dropout, so all its passes would be the same; use a teacher with dropout")
         model = self.model
         model.train()
         try:
             with self._alone(batch):
-                return torch.stack([self._teacher.clean(batch).logits.float() for _ in range(passes)])
+                outputs = [
+                    self._teacher.clean(batch) if mixing is None else self._teacher.mixed(batch, mixing)
+                    for _ in range(passes)
+                ]
+                return torch.stack([output.logits.float() for output in outputs])
         finally:
             model.eval()
 

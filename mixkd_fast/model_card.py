@@ -11,6 +11,11 @@ from mixkd_fast.data.tasks import KNOWN_TASKS
 from mixkd_fast.page import number
 
 _OBJECTIVES = {
+    "dml": "L_i = mle_weight · CE(S_i(x), y) + mutual_weight / (K-1) · Σ_j τ² KL(p_j ‖ p_i), K students",
+    "ensemble": (
+        "L = mle_weight · CE(S(x), y) + kd_weight · d(mean_n T_n(x), S(x)) + sm_weight · [λ CE(S(x'), y_i) + "
+        "(1-λ) CE(S(x'), y_j)] + tmkd_weight · d(mean_n T_n(x'), S(x')); the mean is taken over probabilities"
+    ),
     "finetune": "L = CE(S(x), y)",
     "kd": "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x))",
     "mixkd": (
@@ -18,6 +23,7 @@ _OBJECTIVES = {
         "[λ CE(S(x'), y_i) + (1-λ) CE(S(x'), y_j)] + tmkd_weight · d(T(x'), S(x')),  "
         "x' = λ e(x_i) + (1-λ) e(x_j),  λ ~ Beta(alpha, alpha)"
     ),
+    "reffakd": "L = (1-alpha) · CE(S(x), y) + alpha · τ² KL(p_y ‖ q), p_y a soft label of class y from an autoencoder",
 }
 
 

@@ -90,7 +90,7 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
     Raises: ConfigurationError, DataError or ModelError for what does not exist or does not fit together.
     """
     training, teacher_section = config.training, config.teacher
-    if config.method.uses_teacher and teacher_section is None:
+    if config.method.needs_teacher and teacher_section is None:
         raise ConfigurationError(
             f'teacher is missing: method "{config.method.name}" imitates one; add a teacher section, '
             'or use method "finetune"'
@@ -122,9 +122,7 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
     if teacher_section is not None:
         teacher = _teacher(config, loaded, spec, tokenizer, arithmetic, device)
     num_parameters = count_parameters(student.model)
-    if training.gradient_checkpointing:
-        model: Any = student.model
-        model.gradient_checkpointing_enable()
+    _checkpoint_activations(student, training)
     if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
         require_memory_for_layer(
             "deepspeed.zero_optimization.stage", largest_layer_numel(student.model), training.precision, device
@@ -279,7 +277,15 @@ def further_student(
         raise ConfigurationError("student: several students need one that is described, not a loaded model")
     training = config.training.model_copy(update={"seed": seed})
     config = config.model_copy(update={"training": training})
-    return _student(config, loaded, spec, tokenizer, deepspeed_config, device)[0]
+    student = _student(config, loaded, spec, tokenizer, deepspeed_config, device)[0]
+    _checkpoint_activations(student, training)
+    return student
+
+
+def _checkpoint_activations(student: Encoder, training: Training) -> None:
+    if training.gradient_checkpointing:
+        model: Any = student.model
+        model.gradient_checkpointing_enable()
 
 
 def _whole_teacher(config: Config, encoder: Encoder, device: torch.device) -> FrozenTeacher:

@@ -214,7 +214,9 @@ class Run:
             return
         teacher, rows, seconds = self.parts.teacher, 0, 0.0
         for split, tokens in self.parts.evaluation.items():
-            logits, took = predict(tokens, self.plan, lambda batch: teacher.clean(batch).logits)
+            # Passes with dropout draw the same in a resumed run.
+            seed_step(self.config.training.seed, 0, distributed.rank())
+            logits, took = predict(tokens, self.plan, lambda batch: self.engine.teacher_logits(batch, teacher))
             self.teacher_logits[split] = logits
             self.teacher_metrics[split] = score(tokens, self.plan, logits)
             rows, seconds = rows + len(tokens), seconds + took

@@ -6,12 +6,32 @@ from pydantic import Field
 
 from mixkd_fast.methods.base import Method, Moment, Setting
 from mixkd_fast.methods.cr_ild import CRILD
+from mixkd_fast.methods.dml import DML
+from mixkd_fast.methods.ensemble import Ensemble
 from mixkd_fast.methods.finetune import FineTune
 from mixkd_fast.methods.kd import KD
 from mixkd_fast.methods.mixkd import MixKD
 from mixkd_fast.methods.pkd import PKD
 from mixkd_fast.methods.pkt import PKT
+from mixkd_fast.methods.reffakd import ReffAKD
 
-AnyMethod = Annotated[CRILD | FineTune | KD | MixKD | PKD | PKT, Field(discriminator="name")]
+AnyMethod = Annotated[
+    CRILD | DML | Ensemble | FineTune | KD | MixKD | PKD | PKT | ReffAKD,
+    Field(discriminator="name"),
+]
 
-__all__ = ["CRILD", "KD", "PKD", "PKT", "AnyMethod", "FineTune", "Method", "MixKD", "Moment", "Setting"]
+__all__ = [
+    "CRILD",
+    "DML",
+    "KD",
+    "PKD",
+    "PKT",
+    "AnyMethod",
+    "Ensemble",
+    "FineTune",
+    "Method",
+    "MixKD",
+    "Moment",
+    "ReffAKD",
+    "Setting",
+]

@@ -60,19 +60,26 @@ class Setting:
     """(hub name or folder, field for messages) -> a masked language model with the student's tokenizer, fp32."""
     new_student: Callable[[int], Encoder]
     """Seed -> one more student as the configuration describes it, fp32 on the CPU."""
+    share: Callable[[Any], Any]
+    """A value of every rank -> rank 0's, on every rank."""
 
 
 class Method(Section):
     """Base of all methods: frozen options and the loss. What is trained beside the student is made by `build`."""
 
     uses_teacher: ClassVar[bool] = True
-    """Whether a run of this method needs a teacher."""
+    """Whether a run of this method needs a teacher, unless its options say otherwise (`needs_teacher`)."""
     kinds: ClassVar[tuple[Kind, ...]] = ("classification", "regression")
     """Kinds of tasks that the method is defined for."""
 
     def mixing(self) -> Mixing | None:
         """How rows are paired and interpolated, or None if the method needs no mixed rows."""
         return None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a run with these options needs a teacher."""
+        return self.uses_teacher
 
     @property
     def needs_clean_teacher(self) -> bool:
@@ -95,6 +102,11 @@ class Method(Section):
         Their buffers are checkpointed too. Frozen models belong into a tuple, where torch does not see them.
         """
         return None
+
+    def teacher_logits(self, batch: Batch, teacher: Any, extras: nn.Module | None) -> Tensor:
+        """What the run reports and compares with as the teacher's answers in evaluation: logits [B, C]."""
+        logits: Tensor = teacher.clean(batch).logits
+        return logits
 
     def more_students(self, extras: nn.Module | None) -> list[Encoder]:
         """Students among the extras; evaluated and saved at the end of the run as student_2, student_3, ..."""

@@ -33,8 +33,8 @@ class MixedRowDistillation(CleanRowDistillation, Mixing):
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
         # Asked first and read last: a teacher on a stream of its own works meanwhile.
-        teacher_clean, teacher_mixed = self._outputs(teacher, batch, self.needs_clean_teacher, self.tmkd_weight > 0)
-        clean, mixed = self._outputs(student, batch, self.needs_clean_student, self.needs_mixed_student)
+        teacher_clean, teacher_mixed = self.outputs_of(teacher, batch, self.needs_clean_teacher, self.tmkd_weight > 0)
+        clean, mixed = self.outputs_of(student, batch, self.needs_clean_student, self.needs_mixed_student)
         return self.objective(batch, *(_logits(output) for output in (clean, mixed, teacher_clean, teacher_mixed)))
 
     @property
@@ -66,7 +66,7 @@ class MixedRowDistillation(CleanRowDistillation, Mixing):
             terms["tmkd"] = self.tmkd_weight * per_clean_row(per_mixed_row, batch)
         return terms
 
-    def _outputs(self, model: Any, batch: Batch, clean: bool, mixed: bool) -> tuple[Any, Any]:
+    def outputs_of(self, model: Any, batch: Batch, clean: bool, mixed: bool) -> tuple[Any, Any]:
         """What the model gives for the rows that are asked for, from one forward; None for the others."""
         if clean and mixed:
             outputs: tuple[Any, Any] = model.both(batch, self)

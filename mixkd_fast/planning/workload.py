@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from mixkd_fast.configuration import DEFAULT_EPOCHS, Config, Precision, batch_arithmetic
 from mixkd_fast.encoder_parts import FAMILIES
-from mixkd_fast.methods import FineTune
 from mixkd_fast.planning.lengths import BatchLengths, RowLengths, sample_batches
 from mixkd_fast.planning.models import PlannedModel
 
@@ -65,8 +64,8 @@ def workload(config: Config, lengths: RowLengths, ranks: int) -> Workload:
     steps = training.steps
     if steps is None and lengths.num_rows is not None:
         steps = math.ceil((training.epochs or DEFAULT_EPOCHS) * lengths.num_rows / training.batch_size)
-    imitates_clean = not isinstance(method, FineTune) and (method.kd_weight > 0 or method.reads_teacher)
-    trains_clean = isinstance(method, FineTune) or method.mle_weight > 0 or method.kd_weight > 0
+    imitates_clean = method.needs_clean_teacher or method.reads_teacher
+    trains_clean = bool(getattr(method, "needs_clean_student", True))
     stores = config.teacher is None or (config.teacher.store and not method.reads_teacher)
     epochs = None if steps is None or lengths.num_rows is None else steps * training.batch_size / lengths.num_rows
     return Workload(

@@ -1,0 +1,50 @@
+"""Short runs of a method through `distill` on the toy task, and what their tests read from them."""
+
+from pathlib import Path
+from typing import Any
+
+from toy import records, toy_config, toy_tokenizer
+
+from mixkd_fast import distill
+from mixkd_fast.distillation import Result
+
+RANDOM_STUDENT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.2,
+}
+TRAINING = {"steps": 20, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 5e-3, "evaluate_every": 10}
+
+
+def run_method(
+    folder: Path,
+    method: dict[str, Any],
+    output: str = "run",
+    resume: bool = False,
+    teacher: bool = True,
+    **sections: Any,
+) -> Result:
+    """20 steps of a method by its section, with a student of random weights unless a section says otherwise."""
+    student = {"config": RANDOM_STUDENT, "num_layers": None} | sections.pop("student", {})
+    training = TRAINING | sections.pop("training", {})
+    config = toy_config(folder, output, method=method, student=student, training=training, **sections)
+    if not teacher:
+        del config["teacher"]
+    return distill(**config, tokenizer=toy_tokenizer(), resume=resume, progress=False)
+
+
+def term_of(folder: Path, name: str) -> list[float]:
+    """A loss term at every step."""
+    return [line["terms"][name] for line in records(folder)]
+
+
+def ends_of(folder: Path, name: str) -> tuple[float, float]:
+    """A term's mean over the first and over the last five steps."""
+    values = term_of(folder, name)
+    return sum(values[:5]) / 5, sum(values[-5:]) / 5
