@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from mixkd_fast.config_errors import explain
 from mixkd_fast.errors import ConfigurationError
 from mixkd_fast.methods import AnyMethod, MixKD
+from mixkd_fast.partition import Partition
 from mixkd_fast.section import Section
 from mixkd_fast.strict_json import apply_overrides, read_object
 
@@ -76,6 +77,8 @@ class Task(Section):
     """First rows of every evaluation split to use; null uses all."""
     subset_seed: int = 0
     """Seed of the draw of train_fraction or train_rows."""
+    partition: Partition | None = None
+    """Train on one shard of these rows (after train_fraction or train_rows); extra files belong to every shard."""
     max_length: Annotated[int, Field(gt=2)] = 128
     """Longest sequence in tokens; longer rows are truncated and counted."""
     metrics: list[str] | None = None

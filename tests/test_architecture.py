@@ -31,7 +31,7 @@ LAYERS = [
     {"fused_encoder"},
     {"encoder_parts", "encoder_tables", "encoder_readings", "packed_attention", "quantized_teacher"},
     {"build_locks", "configuration", "distributed"},
-    {"config_errors", "host_memory", "strict_json"},
+    {"config_errors", "host_memory", "partition", "strict_json"},
     {"methods"},
     {"losses", "mix", "mixing"},
     {"errors", "ops", "section", "version"},

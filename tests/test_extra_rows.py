@@ -11,13 +11,14 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading_cases import write
-from toy import launched, losses, must_run, program, run, save_toy_teacher, toy_config, toy_rows, toy_tokenizer
+from toy import ROOT, launched, losses, must_run, program, run, save_toy_teacher, toy_config, toy_rows, toy_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from mixkd_fast.cli_config import check_config
 from mixkd_fast.configuration import Config, Task, validate
 from mixkd_fast.data.extra_rows import ExtraRows, select_extra_rows
 from mixkd_fast.data.loading import Splits, load_splits
+from mixkd_fast.data.tasks import resolve
 from mixkd_fast.data.tokenization import tokenize_rows
 from mixkd_fast.errors import ConfigurationError, DataError, ModelError
 
@@ -165,8 +166,6 @@ def test_every_row_is_kept_or_counted_once(
     p: list[float], confidence: float | None, agreement: bool, limit: int | None, data: st.DataObject
 ) -> None:
     labels = data.draw(st.lists(st.integers(0, 1), min_size=len(p), max_size=len(p)))
-    from mixkd_fast.data.tasks import resolve
-
     options = {"extra_min_confidence": confidence, "extra_agreement": agreement, "extra_max_rows": limit}
     task = Task(extra_train_files=["x.csv"], label_names=["no", "yes"], **options)
     columns = {"text": ["m", *map(str, range(len(p)))], "label": [0, *labels], "row": list(range(len(p) + 1))}
@@ -225,8 +224,6 @@ def test_whole_runs_on_one_rank_two_ranks_and_a_partitioned_teacher_agree(tmp_pa
 
 
 def test_the_shipped_example_is_whole() -> None:
-    from toy import ROOT
-
     path = ROOT / "configs" / "local_files_generated.json"
     config = validate(Config, json.loads(path.read_text()))
     check_config(config)

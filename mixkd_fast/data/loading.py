@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from mixkd_fast.configuration import Task
 from mixkd_fast.data import labels as label_columns
+from mixkd_fast.data.shards import rows_of_part
 from mixkd_fast.data.sources import Source, demo, from_object, read_files, read_hub
 from mixkd_fast.data.tasks import TaskSpec, detect_columns, resolve
 from mixkd_fast.errors import ConfigurationError, DataError
@@ -65,6 +67,8 @@ def load_splits(
         )
     main = _concatenate([_normalise(spec, source, soft_columns) for source in train_sources])
     main = _subset(spec, main)
+    if spec.partition is not None:
+        main = main.take(pa.array(rows_of_part(_strata(spec, main, _REGRESSION_BINS), spec.partition)))
     extra = [_normalise(spec, source, soft_columns, spec.reads_extra_labels) for source in extra_sources]
     num_extra_rows = sum(len(table) for table in extra)
     num_train_rows = sum(len(source.rows) for source in train_sources)
@@ -289,14 +293,8 @@ def _subset(spec: TaskSpec, table: pa.Table) -> pa.Table:
         return table
     if wanted > len(table):
         raise DataError(f"{field}, but there are only {len(table)} training rows; allowed: 1..{len(table)}")
-    values = table["label"].to_numpy()
-    if spec.kind == "regression":
-        bins = min(_REGRESSION_BINS, wanted)
-        ranks = np.empty(len(values), dtype=np.int64)
-        ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
-        strata = ranks * bins // len(values)
-    else:
-        strata = values
+    strata = _strata(spec, table, min(_REGRESSION_BINS, wanted))
+    if spec.kind == "classification":
         num_classes = len(np.unique(strata))
         if wanted < num_classes:
             raise DataError(
@@ -304,6 +302,16 @@ def _subset(spec: TaskSpec, table: pa.Table) -> pa.Table:
                 f"allowed: {num_classes}..{len(table)} rows"
             )
     return table.take(pa.array(stratified_rows(strata, wanted, spec.subset_seed)))
+
+
+def _strata(spec: TaskSpec, table: pa.Table, bins: int) -> NDArray[np.int64]:
+    """What a draw keeps the shares of: the classes, or bins of equally many rows of like label in a regression."""
+    values: NDArray[Any] = table["label"].to_numpy()
+    if spec.kind == "classification":
+        return values
+    ranks = np.empty(len(values), dtype=np.int64)
+    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return ranks * bins // len(values)
 
 
 def _evaluation_rows(spec: TaskSpec, sources: Mapping[str, Sequence[Source]]) -> dict[str, Dataset]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mixkd_fast.configuration import Task
 from mixkd_fast.errors import ConfigurationError, DataError
+from mixkd_fast.partition import Partition
 
 Kind = Literal["classification", "regression"]
 
@@ -84,6 +85,7 @@ class TaskSpec:
     train_rows: int | None
     evaluation_rows: int | None
     subset_seed: int
+    partition: Partition | None
 
     @property
     def num_labels(self) -> int:
@@ -162,6 +164,7 @@ def resolve(task: Task, in_memory: bool = False) -> TaskSpec:
         train_rows=task.train_rows,
         evaluation_rows=task.evaluation_rows,
         subset_seed=task.subset_seed,
+        partition=task.partition,
     )
 
 
