@@ -10,12 +10,15 @@ from pydantic import Field, ValidationError, model_validator
 from mixkd_fast.config_errors import explain
 from mixkd_fast.errors import ConfigurationError
 from mixkd_fast.methods import AnyMethod, MixKD
+from mixkd_fast.partition import Partition
 from mixkd_fast.section import Section
 from mixkd_fast.strict_json import apply_overrides, read_object
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PositiveInt = Annotated[int, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
+
+_EXTRA_OPTIONS = ("extra_labels", "extra_min_confidence", "extra_agreement", "extra_max_rows")
 
 
 def _only_one(section: Section, first: str, second: str) -> None:
@@ -46,6 +49,14 @@ class Task(Section):
     """Split name -> local files. The first split is the one that picks the best checkpoint."""
     extra_train_files: list[str] = Field(default=[])
     """More training rows of the same columns (back-translation or other augmentation), appended whole."""
+    extra_labels: Literal["file", "teacher"] = "file"
+    """Who labels the extra rows: their files, or the teacher, whose probabilities become soft labels."""
+    extra_min_confidence: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Drop extra rows for which the teacher's largest probability is below this; null keeps them."""
+    extra_agreement: bool = False
+    """Drop extra rows for which the teacher's most probable class is not the file's label."""
+    extra_max_rows: PositiveInt | None = None
+    """Use at most this many of the extra rows that pass, drawn by subset_seed; null uses all."""
     text_column: str | None = None
     """Column of the first text; null takes the known task's."""
     text_pair_column: str | None = None
@@ -66,6 +77,8 @@ class Task(Section):
     """First rows of every evaluation split to use; null uses all."""
     subset_seed: int = 0
     """Seed of the draw of train_fraction or train_rows."""
+    partition: Partition | None = None
+    """Train on one shard of these rows (after train_fraction or train_rows); extra files belong to every shard."""
     max_length: Annotated[int, Field(gt=2)] = 128
     """Longest sequence in tokens; longer rows are truncated and counted."""
     metrics: list[str] | None = None
@@ -76,6 +89,9 @@ class Task(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Task":
         _only_one(self, "train_fraction", "train_rows")
+        chosen = {name: getattr(self, name) for name in _EXTRA_OPTIONS if name in self.model_fields_set}
+        if not self.extra_train_files and any(value not in (None, False, "file") for value in chosen.values()):
+            raise ValueError(f"{', '.join(chosen)}: needs extra_train_files, whose rows are meant")
         if self.label_names is not None and self.soft_label_columns is not None:
             names, columns = len(self.label_names), len(self.soft_label_columns)
             if names != columns:
@@ -83,6 +99,11 @@ class Task(Section):
                     f"label_names has {names} entries and soft_label_columns {columns}: one column per label"
                 )
         return self
+
+    @property
+    def asks_teacher_about_extra_rows(self) -> bool:
+        """Whether the extra rows are labelled or judged by the teacher."""
+        return self.extra_labels == "teacher" or self.extra_min_confidence is not None or self.extra_agreement
 
 
 class Offload(Section):
@@ -288,6 +309,11 @@ class Config(Section):
             raise ValueError(
                 'teacher: stream true and training.compile "shapes" exclude each other, because CUDA graphs of two '
                 'streams would share memory; leave one out, or use compile "dynamic"'
+            )
+        if self.task.asks_teacher_about_extra_rows and self.teacher is None:
+            raise ValueError(
+                'teacher: is missing, and the task has it label or judge the extra rows (extra_labels "teacher", '
+                "extra_min_confidence, extra_agreement); add a teacher section with a model"
             )
         if self.teacher is None and self.student.model is None and self.student.config is None:
             raise ValueError(

@@ -14,12 +14,14 @@ from mixkd_fast import distributed
 from mixkd_fast.configuration import BatchArithmetic, Config, Precision, Teacher, Training, batch_arithmetic
 from mixkd_fast.console import human_count, print_summary
 from mixkd_fast.data.batching import Padding
+from mixkd_fast.data.extra_rows import ExtraRows
 from mixkd_fast.data.loading import load_splits
 from mixkd_fast.data.tasks import TaskSpec
 from mixkd_fast.data.tokenization import TokenRows, default_cache_dir, tokenize_rows
 from mixkd_fast.deepspeed_config import autocasts, student_deepspeed_config
 from mixkd_fast.engine import Engine
 from mixkd_fast.errors import ConfigurationError, MixKDError, ModelError
+from mixkd_fast.extra_labelling import with_chosen_extra_rows
 from mixkd_fast.facts import device_name, used_backends
 from mixkd_fast.frozen_teacher import FrozenTeacher
 from mixkd_fast.model_checks import largest_layer_numel
@@ -65,6 +67,7 @@ class Prepared:
     train: TokenRows
     evaluation: dict[str, TokenRows]
     num_extra_rows: int
+    extra_rows: ExtraRows | None
     teacher: FrozenTeacher | None
     student: Encoder
     num_student_parameters: int
@@ -76,6 +79,7 @@ class Prepared:
         return {
             "train_rows": len(self.train),
             "extra_rows": self.num_extra_rows,
+            **(self.extra_rows.facts() if self.extra_rows is not None else {}),
             "evaluation_rows": {split: len(rows) for split, rows in self.evaluation.items()},
             "max_length": self.train.max_length,
             "mean_length": float(self.train.lengths.mean()),
@@ -111,7 +115,6 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
     def tokenise(rows: Dataset) -> TokenRows:
         return first_on_rank_zero(lambda: tokenize_rows(rows, tokenizer, config.task.max_length, cache_dir))
 
-    train = tokenise(splits.train)
     evaluation = {split: tokenise(rows) for split, rows in splits.evaluation.items()}
     if teacher_section is not None and teacher_section.zero_stage == 3 and loaded.teacher is None:
         largest = largest_layer_numel(teacher_source(teacher_section).skeleton())
@@ -121,6 +124,8 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
     teacher = None
     if teacher_section is not None:
         teacher = _teacher(config, loaded, spec, tokenizer, arithmetic, device)
+    padding = Padding.of(tokenizer)
+    splits, extra_rows = with_chosen_extra_rows(config, splits, teacher, tokenise, padding, device)
     num_parameters = count_parameters(student.model)
     _checkpoint_activations(student, training)
     if deepspeed_config.get("zero_optimization", {}).get("stage", 0) == 3:
@@ -130,10 +135,11 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
     return Prepared(
         spec=spec,
         tokenizer=tokenizer,
-        padding=Padding.of(tokenizer),
-        train=train,
+        padding=padding,
+        train=tokenise(splits.train),
         evaluation=evaluation,
         num_extra_rows=splits.num_extra_rows,
+        extra_rows=extra_rows,
         teacher=teacher,
         student=student,
         num_student_parameters=num_parameters,
@@ -386,6 +392,8 @@ def print_start(config: Config, parts: Prepared, engine: Engine, arithmetic: Bat
     rows = ", ".join(f"{split} {count:,}" for split, count in data["evaluation_rows"].items())
     truncated = f"; {data['truncated_rows']:,} rows cut at {data['max_length']}" if data["truncated_rows"] else ""
     facts["data"] = f"train {data['train_rows']:,}, {rows}; {data['mean_length']:.1f} tokens a row{truncated}"
+    if parts.extra_rows is not None:
+        facts["data"] += f"\n{'':<12}{parts.extra_rows.describe()}"
     facts["batch"] = (
         f"{arithmetic.batch_size} rows = {arithmetic.micro_batch_size} a micro-batch x {arithmetic.accumulation} "
         f"accumulated x {arithmetic.ranks} ranks; {steps:,} steps"

@@ -124,6 +124,8 @@ def test_local_files_example_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert (len(splits.train), splits.num_extra_rows, len(splits.evaluation["validation"])) == (12, 4, 4)
     assert splits.spec.label_names == ("bad", "good") and splits.train[0]["soft_labels"] == [0.0, 1.0]
     assert splits.train[8]["soft_labels"] == pytest.approx([0.05, 0.95])
+    splits = load_splits(load_config("configs/local_files_generated.json").task)
+    assert (len(splits.train), splits.num_extra_rows) == (13, 5)
 
 
 def test_published_schema_is_up_to_date() -> None:

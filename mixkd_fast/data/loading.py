@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from mixkd_fast.configuration import Task
 from mixkd_fast.data import labels as label_columns
+from mixkd_fast.data.shards import rows_of_part
 from mixkd_fast.data.sources import Source, demo, from_object, read_files, read_hub
 from mixkd_fast.data.tasks import TaskSpec, detect_columns, resolve
 from mixkd_fast.errors import ConfigurationError, DataError
@@ -22,7 +24,8 @@ _REGRESSION_BINS = 10
 class Splits:
     """A task's data. Every data set has the columns
 
-    text (str), text_pair (str; pairs only), label (int64 class number, or float32 for a regression), soft_labels
+    text (str), text_pair (str; pairs only), label (int64 class number, or float32 for a regression; -1 or NaN for
+    an extra row that its teacher will label), soft_labels
     (C float32 with the sum 1; training rows only, if any of them has its own) and row (int64: the row's number in the
     split before a subset was drawn; extra training rows count on).
     """
@@ -53,7 +56,8 @@ def load_splits(
     train_sources, evaluation_sources = _open(spec, train, evaluation, want_train=True)
     spec = detect_columns(spec, train_sources[0].rows.column_names, train_sources[0].where)
     extra_sources = read_files(spec.extra_train_files, "extra_train_files")
-    soft_columns = _present_soft_columns(spec, [*train_sources, *extra_sources])
+    labelled_sources = [*train_sources, *extra_sources] if spec.reads_extra_labels else train_sources
+    soft_columns = _present_soft_columns(spec, labelled_sources)
     if spec.kind == "classification" and spec.label_names is None:
         spec = replace(spec, label_names=_label_names(spec, train_sources, soft_columns))
     if soft_columns and len(soft_columns) != spec.num_labels:
@@ -63,7 +67,9 @@ def load_splits(
         )
     main = _concatenate([_normalise(spec, source, soft_columns) for source in train_sources])
     main = _subset(spec, main)
-    extra = [_normalise(spec, source, soft_columns) for source in extra_sources]
+    if spec.partition is not None:
+        main = main.take(pa.array(rows_of_part(_strata(spec, main, _REGRESSION_BINS), spec.partition)))
+    extra = [_normalise(spec, source, soft_columns, spec.reads_extra_labels) for source in extra_sources]
     num_extra_rows = sum(len(table) for table in extra)
     num_train_rows = sum(len(source.rows) for source in train_sources)
     if extra:
@@ -177,8 +183,8 @@ def _present_soft_columns(spec: TaskSpec, sources: Sequence[Source]) -> tuple[st
     return columns
 
 
-def _normalise(spec: TaskSpec, source: Source, soft_columns: tuple[str, ...] | None) -> pa.Table:
-    """The uniform columns of one source; `row` is the number in the source."""
+def _normalise(spec: TaskSpec, source: Source, soft_columns: tuple[str, ...] | None, labelled: bool = True) -> pa.Table:
+    """The uniform columns of one source; `row` is the number in the source. Unlabelled rows hold placeholders."""
     assert spec.text_column is not None
     columns = {"text": _texts(source, spec.text_column, "text_column")}
     blank = _is_blank(columns["text"])
@@ -190,13 +196,26 @@ def _normalise(spec: TaskSpec, source: Source, soft_columns: tuple[str, ...] | N
             f"{source.where}, row {int(np.argmax(blank))} (counted from 0): the text is empty "
             f'(column "{spec.text_column}"); at least one character is needed'
         )
-    if spec.kind == "regression":
+    if not labelled:
+        columns |= _placeholders(spec, len(source.rows), soft_columns)
+    elif spec.kind == "regression":
         source.require(spec.label_column, "label_column")
         columns["label"] = pa.array(label_columns.numbers(source, spec.label_column))
     else:
         columns |= _class_columns(spec, source, soft_columns)
     columns["row"] = pa.array(np.arange(len(source.rows), dtype=np.int64))
     return pa.table(columns)
+
+
+def _placeholders(spec: TaskSpec, num_rows: int, soft_columns: tuple[str, ...] | None) -> dict[str, pa.Array]:
+    """Label columns that say nothing yet."""
+    if spec.kind == "regression":
+        return {"label": pa.array(np.full(num_rows, np.nan, dtype=np.float32))}
+    columns = {"label": pa.array(np.full(num_rows, label_columns.MISSING, dtype=np.int64))}
+    if soft_columns is not None:
+        nothing = pa.array(np.zeros(num_rows * spec.num_labels, dtype=np.float32))
+        columns["soft_labels"] = pa.FixedSizeListArray.from_arrays(nothing, spec.num_labels)
+    return columns
 
 
 def _class_columns(spec: TaskSpec, source: Source, soft_columns: tuple[str, ...] | None) -> dict[str, pa.Array]:
@@ -274,14 +293,8 @@ def _subset(spec: TaskSpec, table: pa.Table) -> pa.Table:
         return table
     if wanted > len(table):
         raise DataError(f"{field}, but there are only {len(table)} training rows; allowed: 1..{len(table)}")
-    values = table["label"].to_numpy()
-    if spec.kind == "regression":
-        bins = min(_REGRESSION_BINS, wanted)
-        ranks = np.empty(len(values), dtype=np.int64)
-        ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
-        strata = ranks * bins // len(values)
-    else:
-        strata = values
+    strata = _strata(spec, table, min(_REGRESSION_BINS, wanted))
+    if spec.kind == "classification":
         num_classes = len(np.unique(strata))
         if wanted < num_classes:
             raise DataError(
@@ -289,6 +302,16 @@ def _subset(spec: TaskSpec, table: pa.Table) -> pa.Table:
                 f"allowed: {num_classes}..{len(table)} rows"
             )
     return table.take(pa.array(stratified_rows(strata, wanted, spec.subset_seed)))
+
+
+def _strata(spec: TaskSpec, table: pa.Table, bins: int) -> NDArray[np.int64]:
+    """What a draw keeps the shares of: the classes, or bins of equally many rows of like label in a regression."""
+    values: NDArray[Any] = table["label"].to_numpy()
+    if spec.kind == "classification":
+        return values
+    ranks = np.empty(len(values), dtype=np.int64)
+    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return ranks * bins // len(values)
 
 
 def _evaluation_rows(spec: TaskSpec, sources: Mapping[str, Sequence[Source]]) -> dict[str, Dataset]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mixkd_fast.configuration import Task
 from mixkd_fast.errors import ConfigurationError, DataError
+from mixkd_fast.partition import Partition
 
 Kind = Literal["classification", "regression"]
 
@@ -76,12 +77,15 @@ class TaskSpec:
     train_files: tuple[str, ...] | None
     evaluation_files: dict[str, tuple[str, ...]] | None
     extra_train_files: tuple[str, ...]
+    reads_extra_labels: bool
+    """False if the teacher labels the extra rows and nothing needs to be known about their files' labels."""
     evaluation_splits: tuple[str, ...] | None
     """Split names of the hub data set; None takes what it has."""
     train_fraction: float | None
     train_rows: int | None
     evaluation_rows: int | None
     subset_seed: int
+    partition: Partition | None
 
     @property
     def num_labels(self) -> int:
@@ -154,11 +158,13 @@ def resolve(task: Task, in_memory: bool = False) -> TaskSpec:
             else None
         ),
         extra_train_files=tuple(task.extra_train_files),
+        reads_extra_labels=task.extra_labels == "file" or task.extra_agreement,
         evaluation_splits=known.evaluation if known and task.hub is None else None,
         train_fraction=task.train_fraction,
         train_rows=task.train_rows,
         evaluation_rows=task.evaluation_rows,
         subset_seed=task.subset_seed,
+        partition=task.partition,
     )
 
 
@@ -212,6 +218,12 @@ def _check_labels(task: Task, kind: Kind) -> None:
         for field in ("label_names", "soft_label_columns"):
             if getattr(task, field) is not None:
                 raise ConfigurationError(f"task.{field} is set, but task.kind is regression: leave it out")
+        if task.extra_min_confidence is not None or task.extra_agreement:
+            field = "extra_agreement" if task.extra_agreement else "extra_min_confidence"
+            raise ConfigurationError(
+                f"task.{field} is {getattr(task, field)}, but a regression has no class probabilities to judge by: "
+                'leave it out (extra_labels "teacher" and extra_max_rows work)'
+            )
         return
     for field in ("label_names", "soft_label_columns"):
         values: list[str] | None = getattr(task, field)
