@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.special import log_softmax
 
-from benchmarks.quality_runs import TEACHER, Options, Run, commit, finished, logits_of, teacher_of, why_not
+from benchmarks.quality_runs import TEACHER, Options, Run, commit, finished, logits_of, same, teacher_of, why_not
 from benchmarks.quality_settings import ARMS, BATCH_SIZE, SETTINGS, pairs
 from benchmarks.statistics import Values, hierarchical_bootstrap, holm, mean_and_spread
 from mixkd_fast.version import __version__
@@ -313,7 +313,7 @@ def _teacher_values(report: dict[str, Any], setting: str, split: str, metric: st
     return [
         r["splits"][split]["metrics"][metric]
         for r in report["results"]
-        if r["arm"] == TEACHER and r["description"] in wanted
+        if r["arm"] == TEACHER and any(same(r["description"], other) for other in wanted)
     ]
 
 

@@ -131,7 +131,23 @@ def finished(run: Run, options: Options) -> dict[str, Any] | None:
     kept = _read(folder_of(run, options) / "result.json")
     if kept is None or (run.arm != TEACHER and not exists(run.arm)):
         return None
-    return kept if kept["description"] == describe(run, options) else None
+    return kept if same(kept["description"], describe(run, options)) else None
+
+
+def same(kept: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two descriptions mean the same run. A method's option that came later does nothing by default."""
+    if kept.keys() != now.keys():
+        return False
+    for name, value in kept.items():
+        if name == "method":
+            if any(option not in now[name] or now[name][option] != chosen for option, chosen in value.items()):
+                return False
+        elif isinstance(value, dict) and isinstance(now[name], dict):
+            if not same(value, now[name]):
+                return False
+        elif value != now[name]:
+            return False
+    return True
 
 
 def why_not(run: Run, options: Options) -> str:

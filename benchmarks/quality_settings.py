@@ -32,8 +32,10 @@ ARMS = {
     "kd_sm": Arm("KD+SM", {"name": "mixkd", **_WEIGHTS, "kd_weight": 1.0, "sm_weight": 1.0}, mixes=True),
     "tmkd": Arm("TMKD", {"name": "mixkd", **_WEIGHTS, "tmkd_weight": 1.0}, mixes=True),
     "sm_tmkd": Arm("SM+TMKD", {"name": "mixkd", **_WEIGHTS, "sm_weight": 1.0, "tmkd_weight": 1.0}, mixes=True),
-    "pkd": Arm("PKD", {"name": "pkd"}),
-    "cr_ild": Arm("CR-ILD", {"name": "cr_ild"}),
+    # The other terms are KD's, so that the difference from KD is what the layers give.
+    "pkd": Arm("PKD", {"name": "pkd", "mle_weight": 1.0, "kd_weight": 1.0, "temperature": 2.0}),
+    # Its consistency term needs mixed rows too, in its first half.
+    "cr_ild": Arm("CR-ILD", {"name": "cr_ild"}, mixes=True),
     "cr_ild_mixkd": Arm("CR-ILD+MixKD", {"name": "cr_ild", "sm_weight": 1.0, "tmkd_weight": 1.0}, mixes=True),
     "cckd": Arm("CCKD", {"name": "cckd"}),
     "label_revision": Arm("label revision", {"name": "label_revision"}),

@@ -142,6 +142,16 @@ def test_results_of_another_budget_are_not_shown(options: Options, monkeypatch: 
     assert quality_report.collect(options, [FT], "quality")["results"] == []
 
 
+def test_an_option_that_came_later_makes_no_result_old(options: Options) -> None:
+    now = quality_runs.describe(KD, options)
+    before = {**now, "method": {name: value for name, value in now["method"].items() if name != "temperature"}}
+    assert quality_runs.same(before, now) and not quality_runs.same(now, before)
+    assert not quality_runs.same({**now, "method": {**now["method"], "temperature": 3.0}}, now)
+    assert not quality_runs.same({**now, "teacher": None}, now) and not quality_runs.same(now, {**now, "teacher": None})
+    other_teacher = {**now, "teacher": {**now["teacher"], "max_length": 31}}
+    assert not quality_runs.same(other_teacher, now)
+
+
 def test_a_run_of_another_process_is_left_to_it(options: Options) -> None:
     quality_runs.make(quality_runs.teacher_of(FT, options), options)
     with quality_runs._lock(quality_runs.folder_of(FT, options), wait=False) as mine:
@@ -224,7 +234,7 @@ def test_plot_of_a_result_file_by_hand(tmp_path: Path) -> None:
 
 def _report() -> dict[str, Any]:
     """FT is wrong everywhere, KD with one seed of two, TMKD nowhere and has one seed."""
-    teacher = {"task": "rte", "training": {"epochs": 5, "learning_rate": 1e-4}}
+    teacher = {"task": "rte", "method": {}, "training": {"epochs": 5, "learning_rate": 1e-4}}
     common = {"training_rows": 7, "steps": 9, "seconds": 60.0, "device": "cpu (1 threads)"}
     results = [{**common, "setting": "rte", "arm": TEACHER, "layers": 0, "seed": 0, "description": teacher}]
     for arm, seed in (("ft", 0), ("ft", 1), ("kd", 0), ("kd", 1), ("tmkd", 0)):
