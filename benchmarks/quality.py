@@ -12,11 +12,11 @@ and how long it takes, `--report-only` renders what is there.
 
 import argparse
 import importlib.util
+import os
 import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 
 from benchmarks.quality_plan import plan_text
 from benchmarks.quality_report import collect, write
@@ -47,33 +47,26 @@ def main() -> int:
 
 def _make_all(planned: list[Run], options: Options) -> int:
     """Make what is missing. Returns 1 if a run failed, 128 + the signal after a stop signal."""
-    before = signal.signal(signal.SIGTERM, _stop)
     broken: set[Run] = set()
     failed = False
-    try:
+    with StopSignals() as stop:
         for run in planned:
             for needed in _in_order(run, options):
                 if not broken.isdisjoint(_in_order(run, options)):
                     break
                 try:
                     make(needed, options)
-                except Interrupted:
-                    raise
+                except (Interrupted, KeyboardInterrupt):
+                    pass  # what is saved is saved; who asked is read below
                 except Exception:
                     # A run that fails is reported and costs those that need it, and no other.
                     traceback.print_exc()
                     print(f"FAILED: {needed}", file=sys.stderr, flush=True)
                     failed = True
                     broken.add(needed)
-    except Interrupted as error:
-        print("Stopped: the same command goes on where this one was.", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except _Stopped:
-        return 128 + signal.SIGTERM
-    finally:
-        signal.signal(signal.SIGTERM, before)
+                if number := stop.received():
+                    print("Stopped: the same command goes on where this one was.", file=sys.stderr)
+                    return 128 + number
     return int(failed)
 
 
@@ -82,12 +75,34 @@ def _in_order(run: Run, options: Options) -> list[Run]:
     return [*(other for needed in needed_by(run, options) for other in _in_order(needed, options)), run]
 
 
-class _Stopped(BaseException):
-    """SIGTERM between two trainings, which take care of it themselves."""
+class StopSignals:
+    """Hears every SIGTERM and SIGINT while the block runs, also one that a training took for itself.
 
+    A training stops at its next step, and finishes if that was its last; measuring always finishes.
+    """
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise _Stopped
+    def __enter__(self) -> "StopSignals":
+        self._read, self._write = os.pipe()
+        for end in (self._read, self._write):
+            os.set_blocking(end, False)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        # The number comes through the pipe; without a handler of Python's the process would end.
+        self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        signal.signal(signal.SIGTERM, self._handler)
+        os.close(self._read)
+        os.close(self._write)
+
+    def received(self) -> int:
+        """The first stop signal since the last call, 0 if there was none."""
+        try:
+            numbers = os.read(self._read, 4096)
+        except BlockingIOError:
+            return 0
+        return next((number for number in numbers if number in (signal.SIGTERM, signal.SIGINT)), 0)
 
 
 def _arguments() -> argparse.Namespace:

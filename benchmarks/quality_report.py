@@ -186,9 +186,9 @@ def _introduction(report: dict[str, Any]) -> list[str]:
         "",
         "Differences: 95 % percentile intervals of a paired bootstrap that draws seeds and evaluation rows anew, each "
         "with replacement (10,000 resamples); the seeds both arms have are used. Few seeds make the intervals somewhat "
-        "narrow. The intervals are not corrected for how many there are; the verdict is: it is given where Holm's "
-        "adjusted p over all differences of this page is below 0.05, and in brackets where only the interval excludes "
-        "0.",
+        "narrow, and one seed leaves an interval over rows alone. The intervals are not corrected for how many there "
+        "are. The verdicts are: helps or hurts where Holm's adjusted p over all differences of that figure on this "
+        "page is below 0.05, in brackets where only the interval excludes 0.",
     ]
 
 

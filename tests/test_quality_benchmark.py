@@ -19,6 +19,7 @@ from benchmarks.quality_settings import ARMS, BATCH_SIZE, SETTINGS, Setting, cho
 from benchmarks.statistics import pack, unpack
 from mixkd_fast.errors import ConfigurationError
 from mixkd_fast.interrupt import StopRequest
+from mixkd_fast.run import Run as TrainingRun
 
 FT, KD = (Run("toy_half", arm, 2, 0) for arm in ("ft", "kd"))
 
@@ -130,6 +131,23 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(options: Options) 
     resumed = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert resumed["step"] == whole["steps"]
     np.testing.assert_array_equal(quality_runs.logits_of(FT, options)["validation.logits"], wanted["validation.logits"])
+
+
+def test_a_signal_at_the_last_step_is_not_lost(options: Options) -> None:
+    """The training takes it for itself and ends as it would have; the next one must not begin."""
+    evaluate = TrainingRun._evaluate
+    quality_runs.make(quality_runs.teacher_of(FT, options), options)
+
+    def stopped_at_the_end(run: TrainingRun, *arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(run, *arguments)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingRun, "_evaluate", stopped_at_the_end)
+        assert quality._make_all([FT, KD], options) == 128 + signal.SIGTERM
+    assert quality_runs.finished(FT, options) is not None and quality_runs.finished(KD, options) is None
+    assert signal.getsignal(signal.SIGTERM) == before and signal.set_wakeup_fd(-1) == -1
 
 
 def test_results_of_another_budget_are_not_shown(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
