@@ -26,8 +26,8 @@ bench: venv  ## measure the fused ops against eager PyTorch, torch.compile and a
 demo-teacher: venv  ## train the demo's teacher again (its weights are part of the package)
 	$(DEEPSPEED) mixkd_fast/train.py --config configs/demo_teacher.json
 
-quality: venv  ## fine-tuning, KD and MixKD on MNLI, SST-2 and RTE: DATA=folder with the GLUE files
-	$(BIN)/python -m benchmarks.quality --data "$(DATA)"
+quality: venv  ## does distillation help? DATA=folder with the GLUE files; PART="--settings rte --seeds 0-4" for a part
+	$(BIN)/python -m benchmarks.quality --data "$(DATA)" $(PART)
 
 lint: venv  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -1,0 +1,331 @@
+"""The quality benchmark's result file, and the tables and the plot made from it alone."""
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import log_softmax
+
+from benchmarks.quality_runs import TEACHER, Options, Run, commit, finished, logits_of, same, teacher_of, why_not
+from benchmarks.quality_settings import ARMS, BATCH_SIZE, SETTINGS, pairs
+from benchmarks.statistics import Values, hierarchical_bootstrap, holm, mean_and_spread
+from mixkd_fast.version import __version__
+
+METRICS = ("accuracy", "f1", "nll", "ece", "teacher_agreement", "kl_to_teacher")
+_TITLES = ("accuracy, %", "F1, %", "NLL", "ECE", "as the teacher, %", "KL to teacher")
+_PERCENT = ("accuracy", "f1", "teacher_agreement")
+_CONTROLS = {"kd": "KD", "ft": "FT", "kd_2x": "KD with twice the steps (mixed rows double the forwards of a step)"}
+
+
+def collect(options: Options, planned: list[Run], command: str) -> dict[str, Any]:
+    """Everything that is finished in the work folder, the comparisons, and what is missing of the planned runs."""
+    runs = _finished_runs(options)
+    students = {run: result for run, result in runs.items() if run.arm != TEACHER}
+    return {
+        "command": command,
+        "encoder": options.encoder_name,
+        "teacher_rows": options.teacher_rows,
+        "precision": options.precision,
+        "batch_size": BATCH_SIZE,
+        "settings": {name: asdict(setting) for name, setting in SETTINGS.items()},
+        "arms": {name: asdict(arm) for name, arm in ARMS.items()},
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "versions": {"mixkd_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": commit(),
+        "results": [result for _, result in sorted(runs.items(), key=lambda item: _order(item[0]))],
+        "comparisons": _comparisons(students, options),
+        "missing": [
+            {
+                "setting": run.setting,
+                "arm": run.arm,
+                "layers": run.layers,
+                "seed": run.seed,
+                "why": why_not(run, options),
+            }
+            for run in planned
+            if run not in runs
+        ],
+    }
+
+
+def write(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Write quality.json, quality.md and quality.svg. Returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"quality.{kind}" for kind in ("json", "md", "svg")]
+    files[0].write_text(json.dumps(report, indent=1) + "\n")
+    files[1].write_text(markdown(report))
+    plot(report, files[2])
+    return files
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The result file as one page."""
+    results = report["results"]
+    layers = sorted({r["layers"] for r in results if r["layers"]}, reverse=True)
+    lines = ["# Does distillation help?", "", *_introduction(report), "", *_budgets(report)]
+    for number in layers:
+        lines += ["", f"## Students of {number} layers", "", *_accuracies(report, number)]
+        for control, title in _CONTROLS.items():
+            rows = [c for c in report["comparisons"] if c["layers"] == number and c["second"] == control]
+            if rows:
+                lines += ["", f"### Against {title}", "", *_differences(report, rows)]
+        lines += ["", "### All figures", "", *_figures(report, number)]
+    return "\n".join([*lines, "", *_ending(report), ""])
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """A panel per evaluation split: accuracy of every arm (mean and spread over seeds), the teacher's as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = _groups(report["results"])
+    names = [name for name in ARMS if any(r["arm"] == name for r in report["results"])]
+    layers = sorted({r["layers"] for r in report["results"] if r["layers"]}, reverse=True)
+    columns = min(4, max(1, len(groups)))
+    rows = max(1, -(-len(groups) // columns))
+    with pyplot.rc_context({"svg.hashsalt": "mixkd-fast", "font.size": 9}):
+        size = (3.1 * columns + 1.2, 0.28 * rows * max(4, len(names)) + 0.8)
+        figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+        for panel in grid.flat[len(groups) :]:
+            panel.axis("off")
+        for panel, (setting, split) in zip(grid.flat, groups, strict=False):
+            for shift, number in enumerate(layers):
+                for place, name in enumerate(names):
+                    values = _values(report["results"], setting, split, name, number, "accuracy")
+                    if values:
+                        mean, spread = mean_and_spread(values)
+                        color = ("#c2410c", "#0e7490", "#7c3aed")[shift % 3]
+                        height = place + 0.25 * (shift - (len(layers) - 1) / 2)
+                        label = f"{number} layers" if place == 0 else None
+                        panel.errorbar(100 * mean, height, xerr=100 * spread, fmt="o", ms=4, color=color, label=label)
+            teacher = _teacher_values(report, setting, split, "accuracy")
+            if teacher:
+                panel.axvline(100 * mean_and_spread(teacher)[0], color="#64748b", linestyle="--", label="teacher")
+            panel.set_title(_label(report, setting, split), loc="left")
+            panel.grid(axis="x", alpha=0.3)
+        if groups:
+            grid[0][0].set_yticks(range(len(names)), [ARMS[name].title for name in names])
+            grid[0][0].invert_yaxis()
+            grid[0][0].legend(fontsize=7)
+            figure.supxlabel("accuracy, %")
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _finished_runs(options: Options) -> dict[Run, dict[str, Any]]:
+    runs = {}
+    for file in sorted(options.work.glob("*/*/result.json")):
+        kept = json.loads(file.read_text())
+        run = Run(kept["setting"], kept["arm"], kept["layers"], kept["seed"])
+        result = finished(run, options) if run.setting in SETTINGS and run.arm in (TEACHER, *ARMS) else None
+        if result is not None:
+            runs[run] = result
+    # Of the teachers, those that a student here has.
+    used = {teacher_of(run, options) for run in runs if run.arm != TEACHER}
+    return {run: result for run, result in runs.items() if run.arm != TEACHER or run in used}
+
+
+def _order(run: Run) -> tuple[int, int, int, int]:
+    return list(SETTINGS).index(run.setting), -run.layers, [TEACHER, *ARMS].index(run.arm), run.seed
+
+
+def _comparisons(runs: dict[Run, dict[str, Any]], options: Options) -> list[dict[str, Any]]:
+    """Paired differences over the seeds that both arms have, then Holm's adjustment over all of them."""
+    found = []
+    for setting in SETTINGS:
+        for layers in sorted({run.layers for run in runs if run.setting == setting}, reverse=True):
+            here = [run for run in runs if (run.setting, run.layers) == (setting, layers)]
+            for first, second in pairs({run.arm for run in here}):
+                seeds = [{run.seed for run in here if run.arm == arm} for arm in (first, second)]
+                common = sorted(seeds[0] & seeds[1])
+                for split in SETTINGS[setting].splits if common else ():
+                    arms = [[Run(setting, arm, layers, seed) for seed in common] for arm in (first, second)]
+                    entry: dict[str, Any] = {"setting": setting, "split": split, "layers": layers}
+                    entry |= {"first": first, "second": second, "seeds": common}
+                    for metric in ("accuracy", "nll"):
+                        first_SN, second_SN = (_per_row(arm, split, metric, options) for arm in arms)
+                        entry[metric] = asdict(hierarchical_bootstrap(first_SN, second_SN))
+                    found.append(entry)
+    for metric in ("accuracy", "nll"):
+        adjusted = holm([entry[metric]["p_value"] for entry in found])
+        for entry, p_value in zip(found, adjusted, strict=True):
+            entry[metric]["adjusted_p_value"] = p_value
+    return found
+
+
+def _per_row(runs: list[Run], split: str, metric: str, options: Options) -> Values:
+    """Figures [S, N] of one arm."""
+    values = []
+    for run in runs:
+        arrays = logits_of(run, options)
+        logits, labels = arrays[f"{split}.logits"].astype(np.float64), arrays[f"{split}.labels"]
+        if metric == "accuracy":
+            values.append(logits.argmax(1) == labels)
+        else:
+            values.append(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels])
+    return np.stack(values)
+
+
+def _introduction(report: dict[str, Any]) -> list[str]:
+    which = "all rows of the task" if report["teacher_rows"] == "all" else "the same rows as its student"
+    return [
+        f"Teacher: {report['encoder']}, fine-tuned on {which}. Students: the first layers of "
+        "what the teacher started from. Every arm sees the same rows in the same number of steps, but for KD with "
+        "twice the steps; "
+        f"{report['precision']}, batches of {report['batch_size']} rows of like length, linear decay after 10 % "
+        "warm-up, the last step's weights. Nothing was chosen on the evaluation rows but the budgets below, which are "
+        "the same for all arms. ± is the standard deviation over seeds; where a setting is a share of the rows, each "
+        "seed draws its own.",
+        "",
+        "Differences: 95 % percentile intervals of a paired bootstrap that draws seeds and evaluation rows anew, each "
+        "with replacement (10,000 resamples); the seeds both arms have are used. Few seeds make the intervals somewhat "
+        "narrow, and one seed leaves an interval over rows alone. The intervals are not corrected for how many there "
+        "are. The verdicts are: helps or hurts where Holm's adjusted p over all differences of that figure on this "
+        "page is below 0.05, in brackets where only the interval excludes 0.",
+    ]
+
+
+def _budgets(report: dict[str, Any]) -> list[str]:
+    lines = [
+        "| setting | training rows | epochs | steps | learning rate | longest row | teacher's epochs, rate | start |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+    ]
+    for name in dict.fromkeys(r["setting"] for r in report["results"] if r["arm"] != TEACHER):
+        setting = report["settings"][name]
+        students = [r for r in report["results"] if r["setting"] == name and r["arm"] not in (TEACHER, "kd_2x")]
+        start = "the pretrained encoder"
+        if setting["start"] is not None:
+            start = f"the teacher of {report['settings'][setting['start']]['title']}"
+        steps = f"{students[0]['steps']:,}" if students else ""
+        rows = f"{students[0]['training_rows']:,}" if students else f"{setting['rows']:,}"
+        teachers = [r for r in report["results"] if r["arm"] == TEACHER and r["description"]["task"] == setting["task"]]
+        section = teachers[0]["description"]["training"] if teachers else {}
+        teacher = f"{section['epochs']:g}, {section['learning_rate']:g}" if section else ""
+        lines.append(
+            f"| {setting['title']} | {rows} | {setting['epochs']:g} | {steps} | {setting['learning_rate']:g} | "
+            f"{setting['max_length']} | {teacher} | {start} |"
+        )
+    return lines
+
+
+def _accuracies(report: dict[str, Any], layers: int) -> list[str]:
+    results = report["results"]
+    names = [name for name in ARMS if any(r["arm"] == name and r["layers"] == layers for r in results)]
+    lines = [
+        "Accuracy in percent (number of seeds where it is not the most of the row).",
+        "",
+        f"| setting | seeds | teacher | {' | '.join(ARMS[name].title for name in names)} |",
+        "| --- | ---: | ---: |" + " ---: |" * len(names),
+    ]
+    for setting, split in _groups([r for r in results if r["layers"] == layers]):
+        values = [_values(results, setting, split, name, layers, "accuracy") for name in names]
+        most = max(len(some) for some in values)
+        cells = [_cell(some, True) + (f" ({len(some)})" if 0 < len(some) < most else "") for some in values]
+        teacher = _cell(_teacher_values(report, setting, split, "accuracy"), True)
+        lines.append(f"| {_label(report, setting, split)} | {most} | {teacher} | {' | '.join(cells)} |")
+    return lines
+
+
+def _differences(report: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| setting | arm | seeds | accuracy, points | | NLL | |",
+        "| --- | --- | ---: | --- | --- | --- | --- |",
+    ]
+    for entry in rows:
+        accuracy, nll = entry["accuracy"], entry["nll"]
+        points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * accuracy[k] for k in ("difference", "lower", "upper")))
+        nats = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(nll[k] for k in ("difference", "lower", "upper")))
+        lines.append(
+            f"| {_label(report, entry['setting'], entry['split'])} | {ARMS[entry['first']].title} | "
+            f"{len(entry['seeds'])} | {points} | {_verdict(accuracy, 1)} | {nats} | {_verdict(nll, -1)} |"
+        )
+    return lines
+
+
+def _verdict(found: dict[str, float], better: int) -> str:
+    low, high = sorted((better * found["lower"], better * found["upper"]))
+    word = "helps" if low > 0 else "hurts" if high < 0 else ""
+    if not word:
+        return "no evidence"
+    return word if found["adjusted_p_value"] < 0.05 else f"({word})"
+
+
+def _figures(report: dict[str, Any], layers: int) -> list[str]:
+    results = report["results"]
+    lines = [f"| setting | arm | seeds | {' | '.join(_TITLES)} |", "| --- | --- | ---: |" + " ---: |" * len(METRICS)]
+    for setting, split in _groups([r for r in results if r["layers"] == layers]):
+        label = _label(report, setting, split)
+        for name in ARMS:
+            columns = [_values(results, setting, split, name, layers, metric) for metric in METRICS]
+            if columns[0]:
+                cells = [_cell(column, metric in _PERCENT) for column, metric in zip(columns, METRICS, strict=True)]
+                lines.append(f"| {label} | {ARMS[name].title} | {len(columns[0])} | {' | '.join(cells)} |")
+    return lines
+
+
+def _ending(report: dict[str, Any]) -> list[str]:
+    machine, results = report["machine"], report["results"]
+    hours = sum(r["seconds"] for r in results) / 3600
+    devices = ", ".join(sorted({r["device"] for r in results}))
+    lines = []
+    missing: dict[str, list[str]] = {}
+    for entry in report["missing"]:
+        where = f"{entry['setting']}, {entry['layers']} layers, {entry['why']}"
+        missing.setdefault(where, []).append(f"{entry['arm']} {entry['seed']}")
+    if missing:
+        lines += ["## Missing", "", "Runs (arm and seed) that were asked for and are not in the tables:", ""]
+        lines += [f"- {where}: {', '.join(names)}" for where, names in missing.items()] + [""]
+    return [
+        *lines,
+        f"{len(results)} runs took {hours:.1f} hours in all on {machine['processor']}, {machine['cores']} cores, "
+        f"{devices}; mixkd_fast {report['versions']['mixkd_fast']} at {report['commit']}, torch "
+        f"{report['versions']['torch']}.",
+        "",
+        f"Command: `{report['command']}`",
+    ]
+
+
+def _groups(results: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(setting, split) with a student."""
+    return list(dict.fromkeys((r["setting"], split) for r in results if r["arm"] != TEACHER for split in r["splits"]))
+
+
+def _label(report: dict[str, Any], setting: str, split: str) -> str:
+    section = report["settings"][setting]
+    return str(section["title"]) + (f", {split}" if len(section["splits"]) > 1 else "")
+
+
+def _values(results: list[dict[str, Any]], setting: str, split: str, arm: str, layers: int, metric: str) -> list[float]:
+    key = (setting, arm, layers)
+    return [r["splits"][split]["metrics"][metric] for r in results if (r["setting"], r["arm"], r["layers"]) == key]
+
+
+def _teacher_values(report: dict[str, Any], setting: str, split: str, metric: str) -> list[float]:
+    """Figures of the teachers that the setting's students had."""
+    wanted = [r["description"]["teacher"] for r in report["results"] if r["setting"] == setting and r["layers"]]
+    return [
+        r["splits"][split]["metrics"][metric]
+        for r in report["results"]
+        if r["arm"] == TEACHER and any(same(r["description"], other) for other in wanted)
+    ]
+
+
+def _cell(values: list[float], percent: bool) -> str:
+    if not values:
+        return ""
+    mean, spread = mean_and_spread(values)
+    shown = f"{100 * mean:.1f}" if percent else f"{mean:.3f}"
+    return shown + ((f" ± {100 * spread:.1f}" if percent else f" ± {spread:.3f}") if len(values) > 1 else "")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,337 @@
+"""Runs of the quality benchmark: what each is, whether it is finished, and how it is made, kept and measured.
+
+A run has a folder of its own under the work folder. What it leaves there: config.json, metrics.jsonl, summary.json,
+logits.npz of the evaluation rows and, last, result.json; a teacher also its weights. A run whose description (task,
+rows, method, budget, teacher) is not the one asked for now counts as not made.
+"""
+
+import fcntl
+import gc
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from benchmarks.quality_settings import ARMS, BATCH_SIZE, SETTINGS, exists, method_of
+from benchmarks.statistics import pack
+from mixkd_fast import distill, distributed
+from mixkd_fast.checkpoint import remove_tree
+from mixkd_fast.cli_evaluate import evaluate_saved
+from mixkd_fast.configuration import Task
+from mixkd_fast.errors import CheckpointError, ConfigurationError, Interrupted
+from mixkd_fast.facts import device_name
+from mixkd_fast.methods import FineTune
+from mixkd_fast.metrics import evaluate_predictions
+
+METRICS = ["accuracy", "f1"]
+TEACHER = "teacher"
+_NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all runs of a work folder share."""
+
+    data: Path
+    encoder: str
+    """Folder or hub name of the pretrained encoder."""
+    encoder_name: str
+    """What reports call it."""
+    work: Path
+    precision: str
+    teacher_rows: Literal["all", "same"]
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train. A teacher has arm "teacher" and layers 0, which means all of them."""
+
+    setting: str
+    arm: str
+    layers: int
+    seed: int
+
+    def __str__(self) -> str:
+        layers = f"{self.layers} layers, " if self.layers else ""
+        return f"{self.setting} {self.arm}, {layers}seed {self.seed}"
+
+
+def teacher_of(run: Run, options: Options) -> Run:
+    """The teacher of a student: one of all rows of the task, or one of the student's own rows.
+
+    All rows of a task are the setting that carries the task's name.
+    """
+    setting = SETTINGS[run.setting]
+    if options.teacher_rows == "same" and setting.fraction is not None:
+        return Run(run.setting, TEACHER, 0, run.seed)
+    return Run(setting.task, TEACHER, 0, 0)
+
+
+def start_of(run: Run) -> Run | None:
+    """The fine-tuned model that a run starts from, or None for the pretrained encoder."""
+    start = SETTINGS[run.setting].start
+    return None if start is None else Run(start, TEACHER, 0, 0)
+
+
+def needed_by(run: Run, options: Options) -> list[Run]:
+    """What has to be finished before a run."""
+    start = start_of(run)
+    found = [] if start is None else [start]
+    return found if run.arm == TEACHER else [*found, teacher_of(run, options)]
+
+
+def folder_of(run: Run, options: Options) -> Path:
+    """Where a run is kept."""
+    name = f"{TEACHER}-{run.seed}" if run.arm == TEACHER else f"{run.arm}-{run.layers}layers-{run.seed}"
+    return options.work / run.setting / name
+
+
+def describe(run: Run, options: Options) -> dict[str, Any]:
+    """All that decides a run's outcome; results of another description are never shown as this run's."""
+    setting, is_teacher = SETTINGS[run.setting], run.arm == TEACHER
+    method = FineTune() if is_teacher else method_of(run.arm)
+    epochs = setting.epochs * (1 if is_teacher else ARMS[run.arm].passes)
+    if is_teacher and setting.fraction is None:
+        epochs = setting.teacher_epochs
+    start = start_of(run)
+    return {
+        "task": setting.task,
+        "fraction": setting.fraction,
+        "max_length": setting.max_length,
+        "splits": list(setting.splits),
+        "encoder": options.encoder_name,
+        "start": None if start is None else describe(start, options),
+        "layers": run.layers,
+        "method": method.model_dump(mode="json"),
+        "training": {
+            "epochs": float(epochs),
+            "batch_size": BATCH_SIZE,
+            "learning_rate": setting.teacher_learning_rate if is_teacher else setting.learning_rate,
+            "precision": options.precision,
+            "batching": "length",
+            "seed": run.seed,
+        },
+        # Fine-tuning hears nothing of a teacher, but its agreement with one is measured.
+        "teacher": None if is_teacher else describe(teacher_of(run, options), options),
+    }
+
+
+def finished(run: Run, options: Options) -> dict[str, Any] | None:
+    """The result of a run that is made, as asked for now, or None."""
+    kept = _read(folder_of(run, options) / "result.json")
+    if kept is None or (run.arm != TEACHER and not exists(run.arm)):
+        return None
+    return kept if same(kept["description"], describe(run, options)) else None
+
+
+def same(kept: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two descriptions mean the same run. A method's option that came later does nothing by default."""
+    if kept.keys() != now.keys():
+        return False
+    for name, value in kept.items():
+        if name == "method":
+            if any(option not in now[name] or now[name][option] != chosen for option, chosen in value.items()):
+                return False
+        elif isinstance(value, dict) and isinstance(now[name], dict):
+            if not same(value, now[name]):
+                return False
+        elif value != now[name]:
+            return False
+    return True
+
+
+def why_not(run: Run, options: Options) -> str:
+    """A word on a run that is not finished."""
+    if run.arm != TEACHER and not exists(run.arm):
+        return f"method {ARMS[run.arm].method['name']} does not exist, or lacks an option"
+    folder = folder_of(run, options)
+    failure = _read(folder / "failure.json")
+    if failure is not None:
+        return f"failed: {failure['error']}"
+    return "made with other options" if (folder / "result.json").is_file() else "not made yet"
+
+
+def make(run: Run, options: Options) -> dict[str, Any] | None:
+    """The result of a run, which is made unless it is finished; None while another process is making it.
+
+    A run that was interrupted goes on from its checkpoint. A teacher that another process is making is waited for.
+    Raises: whatever ends the training.
+    """
+    result = finished(run, options)
+    if result is not None:
+        return result
+    for needed in needed_by(run, options):
+        make(needed, options)
+    teacher = None if run.arm == TEACHER else folder_of(teacher_of(run, options), options)
+    folder = folder_of(run, options)
+    with _lock(folder, wait=run.arm == TEACHER) as mine:
+        if not mine:
+            return None
+        result = finished(run, options)
+        if result is None:
+            (folder / "failure.json").unlink(missing_ok=True)
+            try:
+                result = _make(run, options, folder, teacher)
+            except Interrupted:
+                raise
+            except Exception as error:
+                text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                _write(folder / "failure.json", {"error": text})
+                raise
+    return result
+
+
+def logits_of(run: Run, options: Options) -> dict[str, NDArray[Any]]:
+    """What a finished run answers: "SPLIT.logits" [N, C] and "SPLIT.labels" [N]."""
+    with np.load(folder_of(run, options) / "logits.npz") as arrays:
+        return dict(arrays)
+
+
+def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dict[str, Any]:
+    print(f"== {run}", flush=True)
+    started = time.perf_counter()
+    described = describe(run, options)
+    goes_on = _read(folder / "described.json") == described and (folder / "checkpoints").is_dir()
+    _write(folder / "described.json", described)
+    try:
+        _train(run, options, folder, teacher, resume=goes_on)
+    except (ConfigurationError, CheckpointError):
+        if not goes_on:
+            raise
+        # The checkpoint is another version's, or broken: from the beginning, then.
+        _train(run, options, folder, teacher, resume=False)
+    trained = time.perf_counter()
+    splits = _measure(run, options, folder, teacher)
+    for name in ("checkpoints", "best", *(() if run.arm == TEACHER else ("student",))):
+        remove_tree(folder / name)
+    gc.collect()
+    summary = json.loads((folder / "summary.json").read_text())
+    result = {
+        "setting": run.setting,
+        "arm": run.arm,
+        "layers": run.layers,
+        "seed": run.seed,
+        "description": described,
+        "training_rows": summary["data"]["train_rows"],
+        "content_hash": summary["data"]["content_hash"],
+        "steps": summary["training"]["steps"],
+        "parameters": summary["student"]["parameters"],
+        "training_seconds": summary["training"]["seconds"],
+        "evaluation_seconds": time.perf_counter() - trained,
+        "seconds": time.perf_counter() - started,
+        "memory_mib": psutil.Process().memory_info().rss / 2**20,
+        "device": device_name(distributed.choose_device()),
+        "commit": commit(),
+        "splits": splits,
+    }
+    _write(folder / "result.json", result)
+    first = next(iter(splits.values()))["metrics"]
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in first.items())
+    print(f"{run}: {shown}  ({result['seconds']:.0f} s, {result['memory_mib']:.0f} MiB)", flush=True)
+    return result
+
+
+def _train(run: Run, options: Options, folder: Path, teacher: Path | None, resume: bool) -> None:
+    described, start = describe(run, options), start_of(run)
+    encoder = options.encoder if start is None else str(folder_of(start, options) / "student")
+    method = FineTune() if run.arm == TEACHER else method_of(run.arm)
+    teacher_section = None
+    if teacher is not None and method.uses_teacher:
+        teacher_section = {"model": str(teacher / "student"), "store_dir": str(options.work / "teacher_logits")}
+    distill(
+        # All rows are evaluated afterwards, once and with their logits kept.
+        task=_task(run, options) | {"evaluation_rows": 64},
+        teacher=teacher_section,
+        student={"model": encoder} | ({"num_layers": run.layers} if run.layers else {}),
+        method=described["method"],
+        training=described["training"]
+        | {
+            "evaluate_every": _NEVER,
+            "log_every": 20,
+            "keep_best": False,
+            "keep_checkpoints": 1,
+            "threads": options.threads,
+        },
+        output={"directory": str(folder), "overwrite": not resume, "report": False},
+        resume=resume,
+        progress=False,
+    )
+
+
+def _task(run: Run, options: Options) -> dict[str, Any]:
+    setting = SETTINGS[run.setting]
+    files = options.data / setting.task
+    return {
+        "name": setting.task,
+        "train_files": [str(files / "train.parquet")],
+        "evaluation_files": {split: [str(files / f"{split}.parquet")] for split in setting.splits},
+        "train_fraction": setting.fraction,
+        "subset_seed": run.seed,
+        "max_length": setting.max_length,
+        "metrics": METRICS,
+        "cache_dir": str(options.work / "cache"),
+    }
+
+
+def _measure(run: Run, options: Options, folder: Path, teacher: Path | None) -> dict[str, Any]:
+    """Split -> rows, metrics and which rows are right, of the saved model on all evaluation rows."""
+    task = Task(**{name: value for name, value in _task(run, options).items() if name != "train_fraction"})
+    teacher_logits = {} if teacher is None else logits_of(teacher_of(run, options), options)
+    splits: dict[str, Any] = {}
+    arrays: dict[str, NDArray[Any]] = {}
+    for split, (evaluation, labels) in evaluate_saved(folder / "student", task).items():
+        arrays |= {f"{split}.logits": evaluation.logits, f"{split}.labels": labels}
+        splits[split] = {
+            "rows": len(labels),
+            "metrics": evaluate_predictions(evaluation.logits, labels, METRICS, teacher_logits.get(f"{split}.logits")),
+            "correct": pack(evaluation.logits.argmax(1) == labels),
+        }
+    aside = folder / ".writing-logits.npz"
+    with aside.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    os.replace(aside, folder / "logits.npz")
+    return splits
+
+
+@contextmanager
+def _lock(folder: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process alone may work in a folder; the system ends the lock with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    aside = path.with_name(f".writing-{path.name}")
+    aside.write_text(json.dumps(content) + "\n")
+    os.replace(aside, path)
+
+
+def commit() -> str:
+    """The checkout's commit, "unknown" outside of one."""
+    place = Path(__file__).parent
+    command = ["git", "-C", str(place), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
