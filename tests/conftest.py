@@ -49,10 +49,11 @@ def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     yield name
 
 
-@pytest.fixture(params=["reference"])
+@pytest.fixture(params=["reference", "cpu"])
 def relation_backend(request: pytest.FixtureRequest) -> str:
     """Every backend of relation_kl that runs on the CPU."""
     name: str = request.param
+    require(name)
     return name
 
 

@@ -97,6 +97,12 @@ def _reference_relation_kl() -> Callable[..., Any]:
     return relation_kl
 
 
+def _fused_relation_kl() -> Callable[..., Any]:
+    from mixkd_fast.ops.relation_schema import fused
+
+    return fused
+
+
 TABLE: dict[tuple[str, str], Entry] = {
     ("kd_loss", "reference"): Entry(_reference_kd_loss, _always_there),
     ("kd_loss", "cpu"): Entry(_fused_kd_loss, _cpu_missing),
@@ -107,6 +113,7 @@ TABLE: dict[tuple[str, str], Entry] = {
     ("mix_embeddings", "triton"): Entry(_triton_mix_embeddings, _triton_missing),
     ("mix_embeddings", "cuda"): Entry(_fused_mix_embeddings, _cuda_missing),
     ("relation_kl", "reference"): Entry(_reference_relation_kl, _always_there),
+    ("relation_kl", "cpu"): Entry(_fused_relation_kl, _cpu_missing),
 }
 """(op, backend) -> what it is and why it may be missing. Its functions are plain imports: torch.compile traces them."""
 REFERENCE_ONLY_IN_DOUBLE = ("triton", "cuda")
