@@ -165,7 +165,7 @@ class Engine:
         self._records.add(record)
         method = self._module.method
         # Whether the step was applied is asked, and waited for, only where somebody wants to know.
-        if type(method).after_step is not Method.after_step and bool(record.applied):
+        if method.follows_steps and bool(record.applied):
             method.after_step(self._module.student, self._module.extras, moment)
 
     def report(self) -> StepReport:

@@ -125,6 +125,11 @@ class Method(Section):
         """
         raise NotImplementedError
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether `after_step` does anything; the host waits for the device after each step of a method that does."""
+        return type(self).after_step is not Method.after_step
+
     def after_step(self, student: Encoder, extras: nn.Module | None, moment: Moment) -> None:
         """Called after every optimizer step, for moving averages and the like."""
 

@@ -161,6 +161,10 @@ class CRILD(MixedRowDistillation):
             terms["consistency"] = self._ramp(moment) * distance
         return terms
 
+    @property
+    def follows_steps(self) -> bool:
+        return self._is_consistent and self.consistency_target == "ema"
+
     def after_step(self, student: Encoder, extras: nn.Module | None, moment: Moment) -> None:
         if isinstance(extras, Extras) and extras.average is not None and moment.step < self._ild_steps(moment):
             extras.average.follow(student)
