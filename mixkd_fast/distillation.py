@@ -15,7 +15,8 @@ from mixkd_fast.engine import DistillationModule, Engine, start_distributed
 from mixkd_fast.host_memory import give_back_freed_memory, keep_freed_memory
 from mixkd_fast.method_setting import setting_of
 from mixkd_fast.methods import AnyMethod, FineTune, Method
-from mixkd_fast.preparation import Loaded, prepare, print_start
+from mixkd_fast.model_preparation import Loaded
+from mixkd_fast.preparation import prepare, print_start
 from mixkd_fast.run import Run
 from mixkd_fast.run_folder import RunFolder
 from mixkd_fast.saving import load_model

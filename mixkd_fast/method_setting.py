@@ -6,7 +6,8 @@ from mixkd_fast import distributed
 from mixkd_fast.configuration import Config
 from mixkd_fast.evaluation import EvaluationPlan, predict
 from mixkd_fast.methods import Setting
-from mixkd_fast.preparation import Loaded, Prepared, further_student, further_teacher
+from mixkd_fast.model_preparation import Loaded, further_student, further_teacher
+from mixkd_fast.preparation import Prepared
 from mixkd_fast.pretrained import load_masked_lm
 
 

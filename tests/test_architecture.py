@@ -17,6 +17,7 @@ LAYERS = [
     {"run"},
     {"method_setting"},
     {"preparation"},
+    {"model_preparation"},
     {"extra_labelling"},
     {"frozen_teacher"},
     {"teacher"},

@@ -20,7 +20,7 @@ from mixkd_fast import KD, MixKD, distill
 from mixkd_fast.configuration import Training
 from mixkd_fast.errors import ConfigurationError, NonFiniteError
 from mixkd_fast.methods.base import supervised_loss
-from mixkd_fast.preparation import fuse
+from mixkd_fast.model_preparation import fuse
 from mixkd_fast.saving import load_model
 
 METHOD = MixKD(kd_weight=1.0)
