@@ -1,4 +1,4 @@
-"""The installed command: mixkd-fast train | evaluate | compare | report | plan | config."""
+"""The installed command: mixkd-fast train | evaluate | compare | report | plan | sweep | config."""
 
 import sys
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ _COMMANDS = {
     "compare": ("mixkd_fast.compare", "put finished runs beside each other in a table"),
     "report": ("mixkd_fast.report", "write a run's report.html again"),
     "plan": ("mixkd_fast.cli_plan", "predict memory and speed before anything runs"),
+    "sweep": ("mixkd_fast.cli_sweep", "run and rank many configurations"),
     "config": ("mixkd_fast.cli_config", "show, check or describe configurations"),
 }
 

@@ -10,11 +10,13 @@ from mixkd_fast.configuration import Config, batch_arithmetic, load_config
 from mixkd_fast.data.tasks import resolve
 from mixkd_fast.deepspeed_config import student_deepspeed_config
 from mixkd_fast.errors import ConfigurationError
+from mixkd_fast.section import Section
+from mixkd_fast.sweep_file import Sweep
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a configuration file, as published in configs/schema.json."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+def json_schema(kind: type[Section] = Config) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a configuration file, or of a sweep file, as published in configs/."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **kind.model_json_schema()}
 
 
 def check_config(config: Config, ranks: int = 1) -> None:
@@ -37,10 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("files", nargs="+", metavar="FILE")
     check.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b.c=VALUE")
     check.add_argument("--ranks", type=int, default=1, help="processes the run will have (1)")
-    commands.add_parser("schema", help="print the JSON Schema for editors")
+    schema = commands.add_parser("schema", help="print the JSON Schema for editors")
+    schema.add_argument("--sweep", action="store_true", help="that of sweep files")
     options = parser.parse_args(argv)
     if options.command == "schema":
-        print(json.dumps(json_schema(), indent=2))
+        print(json.dumps(json_schema(Sweep if options.sweep else Config), indent=2))
         return 0
     try:
         if options.command == "show":

@@ -143,6 +143,38 @@ def line_plot(
     return _figure(figure, caption)
 
 
+def scatter_plot(
+    caption: str,
+    x: Sequence[float],
+    y: Sequence[float | None],
+    spread: Sequence[float | None],
+    label: str,
+    logarithmic: bool = False,
+    level: tuple[str, float] | None = None,
+) -> str:
+    """Points with a bar of +- spread each, as an inline SVG with a caption; '' without any point.
+
+    Args: y that is None, not finite or beyond 1e30 is left out; label stands under the x axis; level is a dashed line
+    (name, height).
+    """
+    points = [(a, b, c or 0.0) for a, b, c in zip(x, y, spread, strict=True) if b is not None and _is_finite(b)]
+    if not points:
+        return ""
+    figure = Figure(figsize=(4.5, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    across, heights, spreads = zip(*points, strict=True)
+    axes.errorbar(across, heights, yerr=spreads, fmt="o", markersize=4.5, capsize=2, elinewidth=0.9, alpha=0.8)
+    if logarithmic:
+        axes.set_xscale("log")
+    if level is not None and _is_finite(level[1]):
+        axes.axhline(level[1], color="C1", linewidth=1.1, linestyle="--", label=level[0])
+        axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.grid(alpha=0.25)
+    axes.set_xlabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _figure(figure, caption)
+
+
 def downsample(y: Sequence[float | None], max_points: int = MAX_POINTS) -> list[int]:
     """Indices of at most `max_points` points: the smallest and largest of equal stretches, so that no spike is lost."""
     if len(y) <= max_points:

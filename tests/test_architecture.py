@@ -12,6 +12,8 @@ PACKAGE = ROOT / "mixkd_fast"
 # From the top down; a module imports only from its own layer or from layers below it.
 LAYERS = [
     {"cli", "train"},
+    {"cli_sweep"},
+    {"sweep"},
     {"cli_evaluate", "cli_config", "cli_plan", "distillation"},
     {"summary"},
     {"run"},
@@ -31,6 +33,7 @@ LAYERS = [
     {"checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
     {"fused_encoder"},
     {"encoder_parts", "encoder_tables", "packed_attention", "quantized_teacher"},
+    {"sweep_file"},
     {"build_locks", "configuration", "distributed"},
     {"config_errors", "host_memory", "partition", "strict_json"},
     {"methods"},

@@ -17,7 +17,8 @@ from mixkd_fast.data.tasks import KNOWN_TASKS, resolve
 from mixkd_fast.deepspeed_config import student_deepspeed_config
 from mixkd_fast.methods import AnyMethod, MixKD
 
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.json") if path.name != "schema.json")
+SWEEPS = sorted((ROOT / "configs").glob("sweep_*.json"))  # and their schema; tests/test_sweep_plan.py has them
+CONFIGS = sorted(set((ROOT / "configs").glob("*.json")) - {*SWEEPS, ROOT / "configs" / "schema.json"})
 FRAGMENTS = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
 GLUE = [name for name in KNOWN_TASKS if name != "demo"]
 
@@ -102,7 +103,9 @@ def test_readme_names_every_file_and_no_other() -> None:
     text = (ROOT / "configs" / "README.md").read_text()
     table = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
     named = set(re.findall(r"`([\w/]+\.json)`", table))
-    assert named == {path.relative_to(ROOT / "configs").as_posix() for path in [*CONFIGS, *FRAGMENTS]} | {"schema.json"}
+    assert named == {path.relative_to(ROOT / "configs").as_posix() for path in [*CONFIGS, *SWEEPS, *FRAGMENTS]} | {
+        "schema.json"
+    }
 
 
 @pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)

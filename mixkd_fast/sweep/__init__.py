@@ -1,0 +1,1 @@
+"""Many runs of one base configuration: enumerated, run one after another, ranked."""
