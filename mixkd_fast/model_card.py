@@ -17,6 +17,10 @@ _OBJECTIVES = {
         "(1-λ) CE(S(x'), y_j)] + tmkd_weight · d(mean_n T_n(x'), S(x')); the mean is taken over probabilities"
     ),
     "finetune": "L = CE(S(x), y)",
+    "inheritance": (
+        "L = mean over masked tokens of (1-r) · CE(S(m), w) + r · τ² KL(T(m) ‖ S(m)), r = max(0, 1 - t/T_kd), "
+        "+ mle_weight · CE(S(x), y)"
+    ),
     "kd": "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x))",
     "mixkd": (
         "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x)) + sm_weight · "

@@ -8,10 +8,23 @@ from mixkd_fast.methods.base import Method, Moment, Setting
 from mixkd_fast.methods.dml import DML
 from mixkd_fast.methods.ensemble import Ensemble
 from mixkd_fast.methods.finetune import FineTune
+from mixkd_fast.methods.inheritance import Inheritance
 from mixkd_fast.methods.kd import KD
 from mixkd_fast.methods.mixkd import MixKD
 from mixkd_fast.methods.reffakd import ReffAKD
 
-AnyMethod = Annotated[DML | Ensemble | FineTune | KD | MixKD | ReffAKD, Field(discriminator="name")]
+AnyMethod = Annotated[DML | Ensemble | FineTune | Inheritance | KD | MixKD | ReffAKD, Field(discriminator="name")]
 
-__all__ = ["DML", "KD", "AnyMethod", "Ensemble", "FineTune", "Method", "MixKD", "Moment", "ReffAKD", "Setting"]
+__all__ = [
+    "DML",
+    "KD",
+    "AnyMethod",
+    "Ensemble",
+    "FineTune",
+    "Inheritance",
+    "Method",
+    "MixKD",
+    "Moment",
+    "ReffAKD",
+    "Setting",
+]
