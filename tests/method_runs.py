@@ -54,6 +54,8 @@ def run_method(
     student = {"config": RANDOM_STUDENT, "num_layers": None} | sections.pop("student", {})
     training = TRAINING | sections.pop("training", {})
     config = toy_config(folder, output, method=method, student=student, training=training, **sections)
+    config["teacher"] |= sections.get("teacher_options", {})
+    config.pop("teacher_options", None)
     if not teacher:
         del config["teacher"]
     return distill(**config, tokenizer=toy_tokenizer(), resume=resume, progress=False)

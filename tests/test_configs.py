@@ -140,7 +140,7 @@ def test_the_schema_says_of_a_method_which_it_is() -> None:
     """Editors pick the fields to offer by `method.name`."""
     schema = json.loads((ROOT / "configs" / "schema.json").read_text())
     mapping = schema["properties"]["method"]["discriminator"]["mapping"]
-    assert set(mapping) >= {"finetune", "kd", "mixkd", "dml", "ensemble", "reffakd", "inheritance"}
+    assert set(mapping) >= {"finetune", "kd", "mixkd", "dml", "ensemble", "reffakd", "inheritance", "cilda"}
     for name, reference in mapping.items():
         section = _resolved({"$ref": reference}, schema)
         assert section["properties"]["name"]["const"] == name

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mixkd_fast.methods.base import Method, Moment, Setting
+from mixkd_fast.methods.cilda import CILDA
 from mixkd_fast.methods.dml import DML
 from mixkd_fast.methods.ensemble import Ensemble
 from mixkd_fast.methods.finetune import FineTune
@@ -13,9 +14,12 @@ from mixkd_fast.methods.kd import KD
 from mixkd_fast.methods.mixkd import MixKD
 from mixkd_fast.methods.reffakd import ReffAKD
 
-AnyMethod = Annotated[DML | Ensemble | FineTune | Inheritance | KD | MixKD | ReffAKD, Field(discriminator="name")]
+AnyMethod = Annotated[
+    CILDA | DML | Ensemble | FineTune | Inheritance | KD | MixKD | ReffAKD, Field(discriminator="name")
+]
 
 __all__ = [
+    "CILDA",
     "DML",
     "KD",
     "AnyMethod",
