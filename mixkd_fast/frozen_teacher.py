@@ -98,17 +98,21 @@ class FrozenTeacher:
 
         Raises: ModelError if the teacher is partitioned.
         """
-        if isinstance(self._teacher, ShardedTeacher):
-            raise ModelError("teacher.zero_stage = 3: gradients do not pass through a partitioned teacher; allowed: 0")
+        teacher = self._whole
         with record_function("mixkd_fast::teacher"), torch.autocast(batch.input_ids.device.type, enabled=False):
             dtype = next(self.model.parameters()).dtype
-            return self._teacher.embedded(batch, word_embeddings.to(dtype), **options)
+            return teacher.embedded(batch, word_embeddings.to(dtype), **options)
 
     @property
     def word_table(self) -> nn.Module:
-        """The module whose rows are the word embeddings; whole teachers only."""
-        assert isinstance(self._teacher, Encoder)
-        return self._teacher.word_table
+        """The module whose rows are the word embeddings. Raises: ModelError if the teacher is partitioned."""
+        return self._whole.word_table
+
+    @property
+    def _whole(self) -> Encoder:
+        if isinstance(self._teacher, ShardedTeacher):
+            raise ModelError("teacher.zero_stage = 3: gradients do not pass through a partitioned teacher; allowed: 0")
+        return self._teacher
 
     def attach(self, batch: Batch) -> None:
         """Put the kept logits of a training batch's clean rows beside them, on the CPU, if they are kept."""

@@ -1,14 +1,18 @@
 """What a run hands to its method before the first step."""
 
+from typing import Any
+
 import torch
 
 from mixkd_fast import distributed
 from mixkd_fast.configuration import Config
+from mixkd_fast.errors import ModelError
 from mixkd_fast.evaluation import EvaluationPlan, predict
 from mixkd_fast.methods import Setting
 from mixkd_fast.model_preparation import Loaded, further_student, further_teacher
+from mixkd_fast.models import Encoder, check_max_length, check_same_tokenizer, check_vocabulary
 from mixkd_fast.preparation import Prepared
-from mixkd_fast.pretrained import load_masked_lm
+from mixkd_fast.pretrained import load_masked_lm, load_tokenizer
 
 
 def setting_of(config: Config, loaded: Loaded, parts: Prepared, device: torch.device) -> Setting:
@@ -26,7 +30,20 @@ def setting_of(config: Config, loaded: Loaded, parts: Prepared, device: torch.de
         device=device,
         collect=lambda forward: predict(parts.train, plan, forward)[0],
         load_teacher=lambda name, field: further_teacher(config, spec, tokenizer, device, name, field),
-        load_masked_lm=lambda name, field: load_masked_lm(name, field, config.student.trust_remote_code),
+        load_masked_lm=lambda name, field: _masked_lm(config, tokenizer, name, field),
         new_student=lambda seed: further_student(config, loaded, spec, tokenizer, parts.deepspeed_config, device, seed),
         share=distributed.broadcast_object,
     )
+
+
+def _masked_lm(config: Config, tokenizer: Any, name: str, field: str) -> Encoder:
+    """A masked language model whose ids, positions and words fit the run's rows."""
+    remote = config.student.trust_remote_code
+    model = load_masked_lm(name, field, remote)
+    try:
+        check_same_tokenizer(load_tokenizer(name, None, remote, field), tokenizer)
+        check_vocabulary(model, tokenizer, "masked language model")
+        check_max_length(model.config, config.task.max_length, "masked language model")
+        return Encoder(model)
+    except ModelError as error:
+        raise ModelError(f"{field}: {error}") from error

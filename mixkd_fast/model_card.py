@@ -11,12 +11,20 @@ from mixkd_fast.data.tasks import KNOWN_TASKS
 from mixkd_fast.page import number
 
 _OBJECTIVES = {
+    "cilda": (
+        "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x)) + adversarial_weight · d(T(x'), S(x')) + "
+        "contrastive_weight · InfoNCE, x' rewritten by a generator that maximises what depends on it"
+    ),
     "dml": "L_i = mle_weight · CE(S_i(x), y) + mutual_weight / (K-1) · Σ_j τ² KL(p_j ‖ p_i), K students",
     "ensemble": (
         "L = mle_weight · CE(S(x), y) + kd_weight · d(mean_n T_n(x), S(x)) + sm_weight · [λ CE(S(x'), y_i) + "
         "(1-λ) CE(S(x'), y_j)] + tmkd_weight · d(mean_n T_n(x'), S(x')); the mean is taken over probabilities"
     ),
     "finetune": "L = CE(S(x), y)",
+    "inheritance": (
+        "L = mean over masked tokens of (1-r) · CE(S(m), w) + r · τ² KL(T(m) ‖ S(m)), r = max(0, 1 - t/T_kd), "
+        "+ mle_weight · CE(S(x), y)"
+    ),
     "kd": "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x))",
     "mixkd": (
         "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x)) + sm_weight · "

@@ -5,10 +5,12 @@ from typing import Annotated
 from pydantic import Field
 
 from mixkd_fast.methods.base import Method, Moment, Setting
+from mixkd_fast.methods.cilda import CILDA
 from mixkd_fast.methods.cr_ild import CRILD
 from mixkd_fast.methods.dml import DML
 from mixkd_fast.methods.ensemble import Ensemble
 from mixkd_fast.methods.finetune import FineTune
+from mixkd_fast.methods.inheritance import Inheritance
 from mixkd_fast.methods.kd import KD
 from mixkd_fast.methods.mixkd import MixKD
 from mixkd_fast.methods.pkd import PKD
@@ -16,11 +18,12 @@ from mixkd_fast.methods.pkt import PKT
 from mixkd_fast.methods.reffakd import ReffAKD
 
 AnyMethod = Annotated[
-    CRILD | DML | Ensemble | FineTune | KD | MixKD | PKD | PKT | ReffAKD,
+    CILDA | CRILD | DML | Ensemble | FineTune | Inheritance | KD | MixKD | PKD | PKT | ReffAKD,
     Field(discriminator="name"),
 ]
 
 __all__ = [
+    "CILDA",
     "CRILD",
     "DML",
     "KD",
@@ -29,6 +32,7 @@ __all__ = [
     "AnyMethod",
     "Ensemble",
     "FineTune",
+    "Inheritance",
     "Method",
     "MixKD",
     "Moment",

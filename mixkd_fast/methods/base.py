@@ -56,8 +56,9 @@ class Setting:
     """Apply a function Batch -> [B, width] to all training rows, shared among the ranks: [N, width] in row order."""
     load_teacher: Callable[[str, str], Any]
     """(hub name or folder, field for messages) -> a further `FrozenTeacher` for this task, whole in memory."""
-    load_masked_lm: Callable[[str, str], nn.Module]
-    """(hub name or folder, field for messages) -> a masked language model with the student's tokenizer, fp32."""
+    load_masked_lm: Callable[[str, str], Encoder]
+    """(hub name or folder, field for messages) -> a masked language model with the student's tokenizer, fp32 on the
+    CPU; its logits are [B, L, V]."""
     new_student: Callable[[int], Encoder]
     """Seed -> one more student as the configuration describes it, fp32 on the CPU."""
     share: Callable[[Any], Any]
