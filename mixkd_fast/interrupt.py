@@ -3,12 +3,16 @@
 import os
 import signal
 from types import FrameType
+from typing import ClassVar
 
 import psutil
 
 
 class StopRequest:
     """Collects stop signals while the `with` block runs; a second Ctrl-C acts at once, as usual."""
+
+    last_received: ClassVar[int | None] = None
+    """The last stop signal in this process: a run that was at its last step anyway ends as if there had been none."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -31,7 +35,7 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_number = number
+        self.signal_number = StopRequest.last_received = number
 
     @staticmethod
     def _launcher_process() -> psutil.Process | None:

@@ -18,6 +18,8 @@ from toy import ROOT, environment, losses, toy_config
 from mixkd_fast import cli_sweep
 from mixkd_fast.configuration import Config, validate
 from mixkd_fast.distillation import run_config
+from mixkd_fast.interrupt import StopRequest
+from mixkd_fast.sweep import execution
 
 TRAINING = {"steps": 4, "evaluate_every": 2}
 
@@ -199,6 +201,22 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     assert capfd.readouterr().err.count("Resuming from") == 1 and first.stat().st_mtime_ns == before
     assert len(losses(second)) == 150
     assert [trial["status"] for trial in _report(tmp_path)["trials"]] == ["finished", "finished"]
+
+
+def test_a_signal_at_the_last_step_of_a_run_stops_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run itself has nothing left to stop."""
+
+    def signalled(config: Config, resume: bool) -> Any:
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_config(config, resume=resume)
+
+    path = _write(tmp_path, fields={"method.temperature": [1.0, 2.0]})
+    monkeypatch.setattr(execution, "run_config", signalled)
+    assert _run(path) == 128 + signal.SIGTERM
+    assert [trial["status"] for trial in _report(tmp_path)["trials"]] == ["finished", "unfinished"]
+    monkeypatch.undo()
+    assert _run(path) == 0
 
 
 def test_partition_study_compares_strategies_and_transfers(tmp_path: Path) -> None:

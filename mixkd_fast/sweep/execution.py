@@ -37,6 +37,7 @@ def run_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
     A run that fails is recorded in FOLDER.failed.json, and tried again by the next call.
     Raises: Interrupted once a stopped run is saved; ConfigurationError if another sweep is at work in the folder.
     """
+    StopRequest.last_received = None
     with _alone(Path(sweep.output)):
         for place, trial in enumerate(trials, start=1):
             trial.folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +52,9 @@ def run_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
                 )
                 if not _run(sweep, plan) and trial.chained:
                     broken.add(plan.seed)
+                number = StopRequest.last_received
+                if number is not None:
+                    raise Interrupted(f"Stopped by signal {number}; the run in {plan.folder} had ended.", number)
 
 
 def is_finished(plan: RunPlan) -> bool:
