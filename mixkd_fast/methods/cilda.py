@@ -48,7 +48,7 @@ class _Words(nn.Module):
         self.weight = table.weight
 
     def forward(self, probabilities_KV: Tensor) -> Tensor:
-        return probabilities_KV @ self.weight[: probabilities_KV.shape[1]]
+        return probabilities_KV.to(self.weight.dtype) @ self.weight[: probabilities_KV.shape[1]]
 
 
 class CILDA(MixedRowDistillation):
@@ -160,8 +160,10 @@ class CILDA(MixedRowDistillation):
     def _contrast(self, batch: Batch, adversary: Adversary, own: Any, theirs: Any) -> Tensor:
         """InfoNCE of student's and teacher's hidden states of the same rows: [B]."""
         mask_BL = batch.attention_mask[: batch.num_rows]
-        s_BP = F.normalize(adversary.student_projection(_pooled(own, mask_BL)).float(), dim=-1)
-        t_BP = F.normalize(adversary.teacher_projection(_pooled(theirs, mask_BL)).float(), dim=-1)
+        # The projections' own precision: bf16 where DeepSpeed keeps the module in it.
+        dtype = adversary.student_projection.weight.dtype
+        s_BP = F.normalize(adversary.student_projection(_pooled(own, mask_BL).to(dtype)).float(), dim=-1)
+        t_BP = F.normalize(adversary.teacher_projection(_pooled(theirs, mask_BL).to(dtype)).float(), dim=-1)
         scores_BB = s_BP @ t_BP.T / self.contrastive_temperature
         return F.cross_entropy(scores_BB, torch.arange(len(s_BP), device=s_BP.device), reduction="none")
 
