@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.quality_plan import plan_text
 from benchmarks.quality_report import collect, write
-from benchmarks.quality_runs import Options, Run, make, needed_by
+from benchmarks.quality_runs import Options, Run, in_order, make
 from benchmarks.quality_settings import ARMS, SETTINGS, chosen, method_of, seed_numbers
 from mixkd_fast.errors import ConfigurationError, Interrupted
 
@@ -51,8 +51,9 @@ def _make_all(planned: list[Run], options: Options) -> int:
     failed = False
     with StopSignals() as stop:
         for run in planned:
-            for needed in _in_order(run, options):
-                if not broken.isdisjoint(_in_order(run, options)):
+            order = in_order(run, options)
+            for needed in order:
+                if not broken.isdisjoint(order):
                     break
                 try:
                     make(needed, options)
@@ -68,11 +69,6 @@ def _make_all(planned: list[Run], options: Options) -> int:
                     print("Stopped: the same command goes on where this one was.", file=sys.stderr)
                     return 128 + number
     return int(failed)
-
-
-def _in_order(run: Run, options: Options) -> list[Run]:
-    """A run after all that it needs."""
-    return [*(other for needed in needed_by(run, options) for other in _in_order(needed, options)), run]
 
 
 class StopSignals:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from benchmarks.quality_runs import TEACHER, Options, Run, finished, needed_by, why_not
+from benchmarks.quality_runs import TEACHER, Options, Run, finished, in_order, why_not
 from benchmarks.quality_settings import ARMS, SETTINGS, exists, method_of
 
 _TEACHER_LAYERS = 6
@@ -12,9 +12,7 @@ _TEACHER_LAYERS = 6
 
 def plan_text(planned: list[Run], options: Options) -> str:
     """One line per part: its runs, how many are made, and an estimate for the others, for one process."""
-    needed = [needed_by(run, options) for run in planned]
-    first = [other for some in needed for teacher in some for other in [*needed_by(teacher, options), teacher]]
-    runs = list(dict.fromkeys(first + planned))
+    runs = list(dict.fromkeys(other for run in planned for other in in_order(run, options)))
     made = {run: result["seconds"] for run in runs if (result := finished(run, options)) is not None}
     missing = [run for run in runs if run not in made]
     seconds = {run: estimate(run, made) for run in missing}

@@ -177,8 +177,9 @@ def _introduction(report: dict[str, Any]) -> list[str]:
     which = "all rows of the task" if report["teacher_rows"] == "all" else "the same rows as its student"
     return [
         f"Teacher: {report['encoder']}, fine-tuned on {which}. Students: the first layers of "
-        "what the teacher started from. Every arm sees the same rows in the same number of steps, but for KD with "
-        "twice the steps; "
+        "that encoder. Where the table names another start, the teacher starts from that task's teacher, and students "
+        "from the student that KD trained there. Every arm sees the same rows in the same number of steps, but for KD "
+        "with twice the steps; "
         f"{report['precision']}, batches of {report['batch_size']} rows of like length, linear decay after 10 % "
         "warm-up, the last step's weights. Nothing was chosen on the evaluation rows but the budgets below, which are "
         "the same for all arms. ± is the standard deviation over seeds; where a setting is a share of the rows, each "
@@ -202,7 +203,7 @@ def _budgets(report: dict[str, Any]) -> list[str]:
         students = [r for r in report["results"] if r["setting"] == name and r["arm"] not in (TEACHER, "kd_2x")]
         start = "the pretrained encoder"
         if setting["start"] is not None:
-            start = f"the teacher of {report['settings'][setting['start']]['title']}"
+            start = str(report["settings"][setting["start"]]["title"])
         steps = f"{students[0]['steps']:,}" if students else ""
         rows = f"{students[0]['training_rows']:,}" if students else f"{setting['rows']:,}"
         teachers = [r for r in report["results"] if r["arm"] == TEACHER and r["description"]["task"] == setting["task"]]

@@ -1,8 +1,8 @@
 """Runs of the quality benchmark: what each is, whether it is finished, and how it is made, kept and measured.
 
 A run has a folder of its own under the work folder. What it leaves there: config.json, metrics.jsonl, summary.json,
-logits.npz of the evaluation rows and, last, result.json; a teacher also its weights. A run whose description (task,
-rows, method, budget, teacher) is not the one asked for now counts as not made.
+logits.npz of the evaluation rows and, last, result.json; its weights too, where other runs need them. A run whose
+description (task, rows, method, budget, start, teacher) is not the one asked for now counts as not made.
 """
 
 import fcntl
@@ -78,9 +78,11 @@ def teacher_of(run: Run, options: Options) -> Run:
 
 
 def start_of(run: Run) -> Run | None:
-    """The fine-tuned model that a run starts from, or None for the pretrained encoder."""
+    """The run whose model this one starts from, or None for the pretrained encoder."""
     start = SETTINGS[run.setting].start
-    return None if start is None else Run(start, TEACHER, 0, 0)
+    if start is None:
+        return None
+    return Run(start, TEACHER, 0, 0) if run.arm == TEACHER else Run(start, "kd", run.layers, 0)
 
 
 def needed_by(run: Run, options: Options) -> list[Run]:
@@ -88,6 +90,18 @@ def needed_by(run: Run, options: Options) -> list[Run]:
     start = start_of(run)
     found = [] if start is None else [start]
     return found if run.arm == TEACHER else [*found, teacher_of(run, options)]
+
+
+def in_order(run: Run, options: Options) -> list[Run]:
+    """A run after all that it needs, each once."""
+    found = [other for needed in needed_by(run, options) for other in in_order(needed, options)]
+    return list(dict.fromkeys([*found, run]))
+
+
+def _is_kept(run: Run) -> bool:
+    """Whether other runs need its weights."""
+    is_start = any(setting.start == run.setting for setting in SETTINGS.values())
+    return run.arm == TEACHER or (is_start and run.arm == "kd" and run.seed == 0)
 
 
 def folder_of(run: Run, options: Options) -> Path:
@@ -164,17 +178,19 @@ def why_not(run: Run, options: Options) -> str:
 def make(run: Run, options: Options) -> dict[str, Any] | None:
     """The result of a run, which is made unless it is finished; None while another process is making it.
 
-    A run that was interrupted goes on from its checkpoint. A teacher that another process is making is waited for.
+    A run that was interrupted goes on from its checkpoint. Models that other runs need are waited
+    for.
     Raises: whatever ends the training.
     """
     result = finished(run, options)
     if result is not None:
         return result
     for needed in needed_by(run, options):
-        make(needed, options)
+        if make(needed, options) is None:
+            return None
     teacher = None if run.arm == TEACHER else folder_of(teacher_of(run, options), options)
     folder = folder_of(run, options)
-    with _lock(folder, wait=run.arm == TEACHER) as mine:
+    with _lock(folder, wait=_is_kept(run)) as mine:
         if not mine:
             return None
         result = finished(run, options)
@@ -212,7 +228,7 @@ def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dic
         _train(run, options, folder, teacher, resume=False)
     trained = time.perf_counter()
     splits = _measure(run, options, folder, teacher)
-    for name in ("checkpoints", "best", *(() if run.arm == TEACHER else ("student",))):
+    for name in ("checkpoints", "best", *(() if _is_kept(run) else ("student",))):
         remove_tree(folder / name)
     gc.collect()
     summary = json.loads((folder / "summary.json").read_text())

@@ -185,9 +185,18 @@ def test_teacher_rows_and_start(options: Options, monkeypatch: pytest.MonkeyPatc
     assert described["teacher"]["fraction"] == 0.5 and described["teacher"]["training"]["epochs"] == 2
     monkeypatch.setitem(SETTINGS, "after", Setting("After", "toy", 32, 8.0, 64, 2, 4, 2, start="toy"))
     run = Run("after", "kd", 2, 0)
-    monkeypatch.setitem(SETTINGS, "toy_half", SETTINGS["after"])
-    assert quality_runs.needed_by(run, options) == [Run("toy", TEACHER, 0, 0)] * 2
-    assert quality_runs.describe(run, options)["start"]["layers"] == 0
+    # The setting "after" is of the task toy, whose teacher is the setting's that carries the task's name.
+    whole = Run("toy", TEACHER, 0, 0)
+    assert quality_runs.in_order(run, options) == [whole, Run("toy", "kd", 2, 0), run]
+    assert quality_runs.describe(run, options)["start"]["method"]["name"] == "kd"
+
+
+def test_a_start_is_trained_and_kept(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SETTINGS, "after", Setting("After", "toy", 32, 8.0, 64, 1, 1, 1, start="toy"))
+    assert quality._make_all([Run("after", "ft", 2, 0)], options) == 0
+    start = quality_runs.folder_of(Run("toy", "kd", 2, 0), options)
+    used = json.loads((options.work / "after" / "ft-2layers-0" / "config.json").read_text())["student"]["model"]
+    assert used == str(start / "student") and (start / "student" / "config.json").is_file()
 
 
 def test_arms_are_checked_as_a_json_is() -> None:
@@ -240,7 +249,7 @@ def test_report_of_a_result_file_by_hand() -> None:
     assert "| RTE | 2 | 100.0 | 0.0 ± 0.0 | 50.0 ± 70.7 | 100.0 (1) |" in text
     assert "| RTE | TMKD | 1 | +50.0 [+40.0, +60.0] | helps | -0.100 [-0.200, -0.050] | (helps) |" in text
     assert "- rte, 3 layers, not made yet: tmkd 1" in text
-    assert "| RTE | 7 | 5 | 9 | 0.0001 | 128 | 5, 0.0001 | the teacher of MNLI, 26,413 rows |" in text
+    assert "| RTE | 7 | 5 | 9 | 0.0001 | 128 | 5, 0.0001 | MNLI, 26,413 rows |" in text
 
 
 def test_plot_of_a_result_file_by_hand(tmp_path: Path) -> None:
@@ -287,6 +296,9 @@ def test_docs_state_the_budgets() -> None:
     text = (ROOT / "docs" / "quality.md").read_text()
     for name, s in SETTINGS.items():
         steps = round(s.rows * s.epochs / BATCH_SIZE)
-        assert f"| `{name}` | {s.rows:,} | {s.epochs:g} | {steps:,} | {s.max_length} | {s.seeds} |" in text, name
-        assert s.learning_rate == s.teacher_learning_rate == 1e-4
+        assert (
+            f"| `{name}` | {s.rows:,} | {s.epochs:g} | {steps:,} | {s.learning_rate:g} | {s.max_length} | {s.seeds} |"
+            in text
+        ), name
+        assert s.teacher_learning_rate == 1e-4
     assert all(f"`{name}`" in text for name in ARMS)
