@@ -1,6 +1,6 @@
 """Time the fused ops beside eager and compiled PyTorch and their peers, in one process.
 
-    python -m benchmarks kd_loss|mix_embeddings|all [--device cuda] [--json FILE] [--quick]
+    python -m benchmarks kd_loss|mix_embeddings|relation_kl|all [--device cuda] [--json FILE] [--quick]
     python -m benchmarks train_step [--device cuda] [--json FILE]     # whole training steps: see train_step.py
 
 Nothing is timed for an op whose tests fail, nor for an implementation that is wrong against fp64: exit status 1.
@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -23,13 +24,18 @@ from typing import Any
 import torch
 
 from benchmarks.bars import bars, predictions
-from benchmarks.cases import kd_cases, mix_cases
+from benchmarks.cases import kd_cases, mix_cases, relation_cases
 from benchmarks.render import markdown, write
 from benchmarks.timing import Budget, WrongResult, fix_what_glibc_keeps
 from mixkd_fast.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("kd_loss", "mix_embeddings")
+OPS = ("kd_loss", "mix_embeddings", "relation_kl")
+CASES: dict[str, Callable[[torch.device, bool], Sequence[Any]]] = {
+    "kd_loss": kd_cases,
+    "mix_embeddings": mix_cases,
+    "relation_kl": relation_cases,
+}
 PEERS = ("triton", "trl", "liger-kernel")
 
 
@@ -62,8 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     tests = {"ran": False} if options.no_tests else run_tests([name for module in modules for name in module.TESTS])
     results: list[dict[str, Any]] = []
     for op, module in zip(ops, modules, strict=True):
-        all_cases = (kd_cases if op == "kd_loss" else mix_cases)(device, options.quick)
-        cases = [case for case in all_cases if options.cases in case.name]
+        cases = [case for case in CASES[op](device, options.quick) if options.cases in case.name]
         try:
             results += module.run(cases, device, budget, compiled=not options.quick)
         except WrongResult as error:

@@ -43,7 +43,7 @@ def bars(results: list[dict[str, Any]], device: dict[str, Any]) -> list[dict[str
     found = []
     for result in results:
         arms = {arm["name"]: arm for arm in result["arms"]}
-        rules = _kd_rules if result["op"] == "kd_loss" else _mix_rules
+        rules = RULES[result["op"]]
         for backend in backends:
             for text, measured, limit, at_most in rules(result, arms, backend, device):
                 passed = None if measured is None else measured <= limit if at_most else measured >= limit
@@ -115,6 +115,19 @@ def _mix_rules(
     yield "times faster than eager", speedup(arms, backend), limit, False
     if device["type"] == "cuda" and not result["case"]["backward"]:
         yield "of a copy's rate", arms.get(backend, {}).get("fraction_of_copy"), 0.85, False
+
+
+def _relation_rules(
+    result: dict[str, Any], arms: dict[str, dict[str, Any]], backend: str, device: dict[str, Any]
+) -> Iterator[Rule]:
+    if backend == "cuda":
+        return  # GPUs have Triton's kernels alone
+    yield "times faster than eager", speedup(arms, backend), 1.0, False
+    own, eager = (arms.get(name, {}).get("peak_bytes") for name in (backend, "eager"))
+    yield "of eager's peak memory", own / eager if own and eager else None, 1.0, True
+
+
+RULES = {"kd_loss": _kd_rules, "mix_embeddings": _mix_rules, "relation_kl": _relation_rules}
 
 
 def _against_forward(arms: dict[str, dict[str, Any]], backend: str) -> float | None:

@@ -1,4 +1,7 @@
-"""What is timed: shapes, options and inputs. Legend: N rows, C classes, B clean rows, L positions, H width, V words."""
+"""What is timed: shapes, options and inputs. Legend: N rows, C classes, B clean rows, L positions, H width, V words.
+
+Of relations: O rows, h heads, d width of a head.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,12 +67,32 @@ class MixCase:
         return self.rows * self.length * self.width * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class RelationCase:
+    """relation_kl and its gradients: rows without padding, student and teacher of one width."""
+
+    rows: int
+    heads: int
+    length: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}x{self.heads}x{self.length}x{self.width} {dtype_name(self.dtype)}"
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Of one [O, h, L, d] tensor."""
+        return self.rows * self.heads * self.length * self.width * self.dtype.itemsize
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """fp32, bf16, fp16 or fp64."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
 
 
-def describe(case: KDCase | MixCase) -> dict[str, Any]:
+def describe(case: KDCase | MixCase | RelationCase) -> dict[str, Any]:
     """The case as JSON."""
     return {"name": case.name, **asdict(case), "dtype": dtype_name(case.dtype)}
 
@@ -109,6 +132,16 @@ def mix_cases(device: torch.device, quick: bool) -> list[MixCase]:
     ]
 
 
+def relation_cases(device: torch.device, quick: bool) -> list[RelationCase]:
+    """MiniLM's heads at MNLI's and at the usual greatest length; on a GPU also long rows."""
+    if quick:
+        return [RelationCase(2, 3, 20, 8, torch.float32)]
+    shapes = [(32, 12, 40, 32), (32, 12, 128, 32)]
+    if device.type == "cuda":
+        shapes += [(64, 12, 512, 64)]
+    return [RelationCase(*shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+
+
 @dataclass(frozen=True)
 class KDInputs:
     """student_logits [N, C] requires gradient; the last three are None unless the case is mixed."""
@@ -132,6 +165,19 @@ class MixInputs:
     token_type_ids: Tensor
     token_type_weight: Tensor
     layer_norm: nn.LayerNorm
+    grad_output: Tensor
+
+
+@dataclass(frozen=True)
+class RelationInputs:
+    """(first, second) of student and teacher [O, h, L, d], views of [O, L, h d]; the student's require gradients.
+
+    mask bool [O, L], all true; grad_output [O] in fp32.
+    """
+
+    student: tuple[Tensor, Tensor]
+    teacher: tuple[Tensor, Tensor]
+    mask: Tensor
     grad_output: Tensor
 
 
@@ -174,6 +220,22 @@ def mix_inputs(case: MixCase, device: torch.device) -> MixInputs:
         grad_output=torch.empty(case.rows, case.length, case.width, device=device)
         .normal_(generator=generator)
         .to(case.dtype),
+    )
+
+
+def relation_inputs(case: RelationCase, device: torch.device) -> RelationInputs:
+    """Normal queries and keys: scores of standard deviation 1, as at the start of a training."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def heads() -> Tensor:
+        flat = torch.empty(case.rows, case.length, case.heads * case.width, device=device).normal_(generator=generator)
+        return flat.to(case.dtype).view(case.rows, case.length, case.heads, case.width).transpose(1, 2)
+
+    return RelationInputs(
+        student=(heads().requires_grad_(), heads().requires_grad_()),
+        teacher=(heads(), heads()),
+        mask=torch.ones(case.rows, case.length, dtype=torch.bool, device=device),
+        grad_output=torch.linspace(0.5, 1.5, case.rows, device=device),
     )
 
 

@@ -45,8 +45,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"it holds what a call allocates. {caches} `times eager` is against `eager`, plain PyTorch as users write it, "
         "or against this project's `reference` where there is none. GB/s counts the fewest bytes that the op must "
         "move (kd_loss: two tensors read, one written; mix_embeddings: two rows read, one written; its backward: a row "
-        "read, the gradient of the whole word table written). `of copy` compares that rate with a `clone()` timed in "
-        "the same rounds: of the student's logits, or of as many bytes for mix_embeddings. Peak is the most that "
+        "read, the gradient of the whole word table written; relation_kl: four tensors read, two gradients written). "
+        "`of copy` compares that rate with a `clone()` timed in the same rounds: of the student's logits, or of as "
+        "many bytes for the other ops. Peak is the most that "
         f"tensors made by one call occupied at once{counted}. Errors are relative L2 norms against fp64 from the same "
         "inputs.",
         "",

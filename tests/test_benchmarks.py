@@ -11,9 +11,9 @@ import torch
 from cases import kl_rows, relative_error
 
 from benchmarks import __main__ as program
-from benchmarks import bench_kd_loss, peers, render, timing
+from benchmarks import bench_kd_loss, bench_relation_kl, peers, render, timing
 from benchmarks.bars import bars, predicted_ms, predictions
-from benchmarks.cases import KDCase, kd_cases, kd_inputs, mix_cases
+from benchmarks.cases import KDCase, RelationCase, kd_cases, kd_inputs, mix_cases, relation_cases, relation_inputs
 from benchmarks.timing import Arm, Budget, WrongResult, interleave, measure, peak_bytes
 
 CPU = torch.device("cpu")
@@ -114,6 +114,26 @@ def test_peers_compute_the_same_loss(source: str, case: KDCase) -> None:
     assert relative_error(torch.autograd.grad(value, inputs.student_logits)[0], gradient) < 1e-5
 
 
+def test_eager_relations_are_the_same_function() -> None:
+    inputs = relation_inputs(RelationCase(3, 2, 9, 4, torch.float32), CPU)
+    inputs.mask[1, 5:] = False
+    loss = bench_relation_kl.eager(inputs)
+    found = (loss.detach(), *torch.autograd.grad(loss, inputs.student, inputs.grad_output))
+    for value, expected in zip(found, bench_relation_kl.truth(inputs).values(), strict=True):
+        assert relative_error(value, expected) < 1e-5
+
+
+def test_bars_of_relations() -> None:
+    case = {"name": "32x12x40x32 fp32", "dtype": "fp32"}
+    measured = arms(copy=1, eager=20, cpu=8)
+    for arm, peak in zip(measured, (10, 400, 100), strict=True):
+        arm["peak_bytes"] = peak
+    found = bars([{"op": "relation_kl", "case": case, "arms": measured}], {"type": "cpu", "capability": None})
+    assert [(bar["measured"], bar["passed"]) for bar in found] == [(2.5, True), (0.25, True)]
+    found = bars([{"op": "relation_kl", "case": case, "arms": measured}], {"type": "cuda", "capability": [9, 0]})
+    assert {(bar["backend"], bar["passed"]) for bar in found} == {("triton", None)}
+
+
 def arms(**medians: float) -> list[dict[str, Any]]:
     kinds = {"eager": "eager", "compiled": "compile", "copy": "copy"}
     return [
@@ -172,11 +192,12 @@ def test_predictions_are_labelled_and_leave_out_the_measured_gpu() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_names_of_cases_are_distinct(device: str) -> None:
-    for cases in (kd_cases(torch.device(device), False), mix_cases(torch.device(device), False)):
+    for of_op in (kd_cases, mix_cases, relation_cases):
+        cases = of_op(torch.device(device), False)
         assert len({case.name for case in cases}) == len(cases)
 
 
-@pytest.mark.parametrize("op", ["kd_loss", "mix_embeddings"])
+@pytest.mark.parametrize("op", ["kd_loss", "mix_embeddings", "relation_kl"])
 def test_quick_run_writes_figures_table_and_plot(op: str, tmp_path: Path) -> None:
     file = tmp_path / "results" / "figures.json"
     program.main([op, "--quick", "--no-tests", "--json", str(file)])

@@ -103,6 +103,16 @@ def _fused_relation_kl() -> Callable[..., Any]:
     return fused
 
 
+def _triton_relation_kl() -> Callable[..., Any]:
+    from mixkd_fast.ops.relation_schema import fused_triton
+
+    return fused_triton
+
+
+def _no_cuda_relation_kl() -> str:
+    return "relation_kl has no CUDA kernel; its kernels for GPUs are Triton's"
+
+
 TABLE: dict[tuple[str, str], Entry] = {
     ("kd_loss", "reference"): Entry(_reference_kd_loss, _always_there),
     ("kd_loss", "cpu"): Entry(_fused_kd_loss, _cpu_missing),
@@ -114,6 +124,8 @@ TABLE: dict[tuple[str, str], Entry] = {
     ("mix_embeddings", "cuda"): Entry(_fused_mix_embeddings, _cuda_missing),
     ("relation_kl", "reference"): Entry(_reference_relation_kl, _always_there),
     ("relation_kl", "cpu"): Entry(_fused_relation_kl, _cpu_missing),
+    ("relation_kl", "triton"): Entry(_triton_relation_kl, _triton_missing),
+    ("relation_kl", "cuda"): Entry(_triton_relation_kl, _no_cuda_relation_kl),
 }
 """(op, backend) -> what it is and why it may be missing. Its functions are plain imports: torch.compile traces them."""
 REFERENCE_ONLY_IN_DOUBLE = ("triton", "cuda")

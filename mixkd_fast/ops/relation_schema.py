@@ -1,7 +1,8 @@
-"""The op `mixkd_fast::relation_kl`: schema, fake kernel and autograd of the C++ kernel.
+"""The ops `mixkd_fast::relation_kl` (C++) and `relation_kl_triton`: schema, fake kernels and autograd.
 
-Loss and gradients come from one call; the backward only multiplies them. The gradients lie as a linear layer's output
-does, [O, L, h, d], and without the factor 1 / (h sqrt(d)), so that half precision keeps more of small ones.
+In C++ loss and gradients come from one call; the backward only multiplies them. They come without the factor
+1 / (h sqrt(d)), so that half precision keeps more of small ones. Triton's forward leaves the statistics of both
+softmaxes, from which its backward makes the relations again. Gradients lie as a linear layer's output: [O, L, h, d].
 
 Legend of shape suffixes: O rows, h heads, L positions, d width of a head.
 """
@@ -53,6 +54,51 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ..
     return *(next(found) if ctx.needs & bit else None for bit in (FIRST, SECOND)), None, None, None, None
 
 
+def _triton_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Loss [O], statistics [4, O h L]."""
+    inputs = RelationInputs(*arguments)
+    rows, heads, length, _ = inputs.student_first.shape
+    loss = inputs.student_first.new_empty((rows,), dtype=torch.float32)
+    return loss, inputs.student_first.new_empty((4, rows * heads * length), dtype=torch.float32)
+
+
+def _triton_backward_fake(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, _, needs = arguments
+    _, first, second = _fake(*given, needs)
+    return first, second
+
+
+def _triton_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _triton_gradients(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    needs = FIRST * ctx.needs_input_grad[0] + SECOND * ctx.needs_input_grad[1]
+    found = torch.ops.mixkd_fast.relation_kl_backward_triton(grad_output.contiguous(), *saved, needs)
+    gradients = [found[bit].transpose(1, 2) for bit in (0, 1) if needs >> bit & 1]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        sources = [tensor for tensor in (*saved, grad_output) if tensor.requires_grad]
+        gradients = refusing_a_second_derivative("relation_kl", gradients, sources)
+    each = iter(gradients)
+    return *(next(each) if needs & bit else None for bit in (FIRST, SECOND)), None, None, None
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from mixkd_fast.ops.triton_relation_kl import relation_kl
+
+    results: tuple[Tensor, Tensor] = relation_kl(*arguments)
+    return results
+
+
+def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from mixkd_fast.ops.triton_relation_kl import relation_kl_backward
+
+    results: tuple[Tensor, Tensor] = relation_kl_backward(*arguments)
+    return results
+
+
 def needs_of(inputs: RelationInputs) -> int:
     """Which gradients somebody may ask for."""
     if not torch.is_grad_enabled():
@@ -62,19 +108,36 @@ def needs_of(inputs: RelationInputs) -> int:
 
 def fused(inputs: RelationInputs) -> Tensor:
     """The loss of every row [O] by the C++ kernel."""
-    refuse_tangents(inputs)
-    loss: Tensor = torch.ops.mixkd_fast.relation_kl(*inputs._replace(keep=inputs.keep.contiguous()), needs_of(inputs))[
-        0
-    ]
+    loss: Tensor = torch.ops.mixkd_fast.relation_kl(*_plain(inputs), needs_of(inputs))[0]
     return loss
 
 
-def refuse_tangents(inputs: RelationInputs) -> None:
-    """Forward mode is the reference's alone."""
+def fused_triton(inputs: RelationInputs) -> Tensor:
+    """The loss of every row [O] by the Triton kernels."""
+    loss: Tensor = torch.ops.mixkd_fast.relation_kl_triton(*_plain(inputs))[0]
+    return loss
+
+
+def _plain(inputs: RelationInputs) -> RelationInputs:
     if not torch.compiler.is_compiling():
         refuse_forward_mode("relation_kl", inputs[:2])
+    return inputs._replace(keep=inputs.keep.contiguous())
 
 
 LIBRARY.define(f"relation_kl({ARGUMENTS}, int needs) -> (Tensor loss, Tensor grad_first, Tensor grad_second)")
 torch.library.register_fake("mixkd_fast::relation_kl", _fake, lib=LIBRARY)
 torch.library.register_autograd("mixkd_fast::relation_kl", _backward, setup_context=_save, lib=LIBRARY)
+LIBRARY.define(f"relation_kl_triton({ARGUMENTS}) -> (Tensor loss, Tensor statistics)")
+LIBRARY.define(
+    f"relation_kl_backward_triton(Tensor grad_output, {ARGUMENTS}, Tensor statistics, int needs) "
+    "-> (Tensor grad_first, Tensor grad_second)"
+)
+torch.library.register_fake("mixkd_fast::relation_kl_triton", _triton_fake, lib=LIBRARY)
+torch.library.register_fake("mixkd_fast::relation_kl_backward_triton", _triton_backward_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "mixkd_fast::relation_kl_triton", _triton_gradients, setup_context=_triton_save, lib=LIBRARY
+)
+for _device in ("CPU", "CUDA"):
+    # On the CPU Triton's interpreter runs them, for tests.
+    LIBRARY.impl("relation_kl_triton", _triton, _device)
+    LIBRARY.impl("relation_kl_backward_triton", _triton_backward, _device)

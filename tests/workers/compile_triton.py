@@ -14,6 +14,7 @@ from mixkd_fast.ops import triton_kd_narrow as narrow
 from mixkd_fast.ops import triton_kd_top_k as top_k
 from mixkd_fast.ops import triton_kd_wide as wide
 from mixkd_fast.ops import triton_mix_kernels as mix
+from mixkd_fast.ops import triton_relation_kernels as relation
 
 TYPES = {
     "labels": "*i64",
@@ -63,16 +64,29 @@ TYPES = {
     "log_weight_q": "fp32",
     "ab_alpha": "fp32",
     "ab_beta": "fp32",
+    "keep": "*i1",
+    "num_queries": "i32",
+    "num_heads": "i32",
+    "num_blocks": "i32",
+    "student_width": "i32",
+    "teacher_width": "i32",
+    "student_scale": "fp32",
+    "teacher_scale": "fp32",
+    "factor": "fp32",
+    **{f"{side}_{axis}": "i64" for side in ("sf", "ss", "tf", "ts") for axis in "ohld"},
 }
 """Of the kernels' arguments; pointers to fp32 else."""
 NARROW = {"OUTPUT": 0, "DIVISOR": 1, "ROWS": 128, "CLASSES": 4}
 MIX_EXTRAS = ("padding_mask", "position_weight", "token_type_ids", "token_type_weight", "position_ids", "norm_bias")
 
 
-def compile_kernel(kernel: Any, warps: int, capability: int, **constants: Any) -> str:
-    """The PTX of a kernel; raises what Triton raises."""
+def compile_kernel(
+    kernel: Any, warps: int, capability: int, types: dict[str, str] | None = None, **constants: Any
+) -> str:
+    """The PTX of a kernel; raises what Triton raises. `types` go before TYPES."""
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "*fp32") for name in names}
+    known = TYPES | (types or {})
+    signature = {name: "constexpr" if name in constants else known.get(name, "*fp32") for name in names}
     # As at a launch: pointers come 16-byte aligned.
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
@@ -116,7 +130,26 @@ def main() -> None:
         compile_kernel(mix.sum_runs_kernel, 4, capability, ENTRIES=64, BLOCK=1024)
         compile_kernel(mix.join_runs_kernel, 4, capability, ENTRIES=64, BLOCK=1024)
         done += 7
-    print(f"compiled {done + compile_variants()} kernels")
+    print(f"compiled {done + compile_variants() + compile_relations()} kernels")
+
+
+def compile_relations() -> int:
+    """relation_kl in half precision and in fp32, its smallest and largest blocks. Returns their number."""
+    done = 0
+    precisions = ("STUDENT_PRECISION", "TEACHER_PRECISION")
+    for capability, (half, size) in itertools.product((80, 90), itertools.product((True, False), (16, 64))):
+        of_half = {f"{model}_{side}": "*bf16" for model in ("student", "teacher") for side in ("first", "second")}
+        types = {**of_half, "gradient": "*bf16"} if half else {}
+        common: dict[str, Any] = {name: "tf32" if half else "ieee" for name in precisions}
+        # The numbers of a head lie next to each other: a stride of 1 is a constant at a launch.
+        common |= {"BLOCK": size, "CHUNK": size, "types": types}
+        common |= dict.fromkeys(("sf_d", "ss_d", "tf_d", "ts_d"), 1)
+        compile_kernel(relation.statistics_kernel, 4, capability, **common)
+        for of_first in (True, False):
+            last = {"OF_FIRST": of_first, "PRECISION": "tf32x3" if half else "ieee"}
+            compile_kernel(relation.gradient_kernel, 4, capability, **common, **last)
+        done += 3
+    return done
 
 
 def compile_variants() -> int:
