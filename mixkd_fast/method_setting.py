@@ -2,6 +2,7 @@
 
 import torch
 
+from mixkd_fast import distributed
 from mixkd_fast.configuration import Config
 from mixkd_fast.evaluation import EvaluationPlan, predict
 from mixkd_fast.methods import Setting
@@ -26,4 +27,5 @@ def setting_of(config: Config, loaded: Loaded, parts: Prepared, device: torch.de
         load_teacher=lambda name, field: further_teacher(config, spec, tokenizer, device, name, field),
         load_masked_lm=lambda name, field: load_masked_lm(name, field, config.student.trust_remote_code),
         new_student=lambda seed: further_student(config, loaded, spec, tokenizer, parts.deepspeed_config, device, seed),
+        sum_over_ranks=distributed.sum_over_ranks,
     )

@@ -5,10 +5,29 @@ from typing import Annotated
 from pydantic import Field
 
 from mixkd_fast.methods.base import Method, Moment, Setting
+from mixkd_fast.methods.cckd import CCKD
+from mixkd_fast.methods.data_partition import DataPartition
 from mixkd_fast.methods.finetune import FineTune
 from mixkd_fast.methods.kd import KD
+from mixkd_fast.methods.label_revision import LabelRevision
 from mixkd_fast.methods.mixkd import MixKD
+from mixkd_fast.methods.rdd import RDD
 
-AnyMethod = Annotated[FineTune | KD | MixKD, Field(discriminator="name")]
+AnyMethod = Annotated[
+    FineTune | KD | MixKD | CCKD | LabelRevision | DataPartition | RDD,
+    Field(discriminator="name"),
+]
 
-__all__ = ["KD", "AnyMethod", "FineTune", "Method", "MixKD", "Moment", "Setting"]
+__all__ = [
+    "CCKD",
+    "KD",
+    "RDD",
+    "AnyMethod",
+    "DataPartition",
+    "FineTune",
+    "LabelRevision",
+    "Method",
+    "MixKD",
+    "Moment",
+    "Setting",
+]
