@@ -33,6 +33,7 @@ def setting_of(config: Config, loaded: Loaded, parts: Prepared, device: torch.de
         load_masked_lm=lambda name, field: _masked_lm(config, tokenizer, name, field),
         new_student=lambda seed: further_student(config, loaded, spec, tokenizer, parts.deepspeed_config, device, seed),
         share=distributed.broadcast_object,
+        sum_over_ranks=distributed.sum_over_ranks,
     )
 
 

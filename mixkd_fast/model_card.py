@@ -32,6 +32,15 @@ _OBJECTIVES = {
         "x' = λ e(x_i) + (1-λ) e(x_j),  λ ~ Beta(alpha, alpha)"
     ),
     "reffakd": "L = (1-alpha) · CE(S(x), y) + alpha · τ² KL(p_y ‖ q), p_y a soft label of class y from an autoencoder",
+    "cckd": "L = mle_weight · (1-w) · CE(S(x), y) + kd_weight · w · d(T(x), S(x)),  w = p_T(y)",
+    "label_revision": "L = mle_weight · CE(S(x), y) + kd_weight · chosen · τ² KL(p̃ ‖ q),  argmax p̃ = y",
+    "data_partition": (
+        "L = mle_weight · CE(S(x), y) + kd_weight · d(z, S(x)),  z of the teacher or of the initial student"
+    ),
+    "rdd": (
+        "stage 1: L = mle_weight · exp(-KL(p' ‖ p'')) · CE(S(x), y),  stage 2: L = mle_weight · CE(S(x), y) + "
+        "kd_weight · d(T(x), S(x)) on rows that are hard for exactly one of both"
+    ),
 }
 
 

@@ -1,15 +1,17 @@
 """mixkd_fast.planning and `mixkd-fast plan`: products are PyTorch's own count; rows, shares, speed and text."""
 
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_batch, tiny_model
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from toy import ROOT, environment, toy_tokenizer, write_toy_files
 from transformers import AutoModelForSequenceClassification, BertConfig, DebertaConfig, GPT2Config
@@ -18,7 +20,9 @@ from mixkd_fast import cli_plan
 from mixkd_fast.configuration import Config, validate
 from mixkd_fast.encoder import Encoder
 from mixkd_fast.errors import ConfigurationError, ModelError
+from mixkd_fast.methods import AnyMethod, Method, Setting
 from mixkd_fast.mixing import Mixing
+from mixkd_fast.planning.assumptions import assumptions
 from mixkd_fast.planning.flops import EncoderShape, attention_flops, forward_flops
 from mixkd_fast.planning.hardware import GPUS, MATMUL_EFFICIENCY, gpu_rates
 from mixkd_fast.planning.lengths import RowLengths, mnli_lengths, row_lengths, sample_batches
@@ -140,6 +144,14 @@ def test_lengths_come_from_local_files_of_the_task(tmp_path: Path) -> None:
         ({"name": "mixkd"}, (True, True, 0.0, True)),
         ({"name": "mixkd", "kd_weight": 1.0, "tmkd_weight": 0.0}, (True, True, 0.25, False)),
         ({"name": "mixkd", "mle_weight": 0.0}, (False, True, 0.0, True)),
+        (
+            {"name": "mixkd", "mle_weight": 0.0, "sm_weight": 0.0, "tmkd_weight": 0.0, "kd_weight": 1.0},
+            (True, False, 0.25, False),
+        ),
+        ({"name": "cckd", "mle_weight": 0.0}, (True, False, 0.25, False)),
+        ({"name": "label_revision", "select_share": 0.5, "tmkd_weight": 1.0}, (True, True, 0.25, True)),
+        ({"name": "data_partition", "sm_weight": 1.0}, (True, True, 0.25, False)),
+        ({"name": "rdd"}, (True, False, 0.25, False)),
     ],
 )
 def test_only_needed_forwards_are_planned(tmp_path: Path, method: dict[str, Any], expected: tuple[Any, ...]) -> None:
@@ -148,6 +160,59 @@ def test_only_needed_forwards_are_planned(tmp_path: Path, method: dict[str, Any]
     shares = (work.student_clean, work.student_mixed, work.teacher_clean_share, work.teacher_mixed)
     assert shares == (*expected[:2], pytest.approx(expected[2], rel=1e-3), expected[3])
     assert work.micro_batch_size == 32 and work.steps == -(-4 * 392_702 // 64)
+
+
+class Reader(Method):
+    """A method of a user's own, which has no weights, reads a layer and trains a projection."""
+
+    name: Literal["reader"] = "reader"
+
+    @property
+    def reads_layers(self) -> bool:
+        return True
+
+    def build(self, setting: Setting) -> nn.Module:
+        return nn.Linear(2, 2)
+
+
+def test_methods_without_weights_are_planned_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    config = config_of(tmp_path).model_copy(update={"method": Reader()})
+    work = workload(config, row_lengths(config), ranks=1)
+    assert (work.student_clean, work.student_mixed) == (True, False)
+    assert (work.teacher_clean_share, work.teacher_mixed) == (0.0, False)
+    left_out = _left_out(config)
+    assert len(left_out) == 2 and "own forward instead of the fused one" in left_out[0]
+    assert left_out[1] == "Not counted of method reader: modules that the method prepares or trains beside the student."
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"name": "finetune"}, None),
+        ({"name": "mixkd", "kd_weight": 1.0}, None),
+        ({"name": "cckd"}, None),
+        ({"name": "label_revision"}, None),
+        ({"name": "label_revision", "select_share": 0.5}, "two forwards of the student and one of the teacher"),
+        ({"name": "data_partition"}, "one forward of the student over all training rows"),
+        ({"name": "rdd", "stage_share": 0.0}, None),
+        ({"name": "rdd"}, "two dropout passes of the teacher over the clean rows of the first 50% of the steps"),
+    ],
+)
+def test_the_plan_says_what_a_method_costs_beside_it(tmp_path: Path, method: dict[str, Any], said: str | None) -> None:
+    left_out = _left_out(config_of(tmp_path, method=method))
+    assert len(left_out) == (said is not None) and all(str(said) in text for text in left_out)
+
+
+def test_every_method_that_reads_layers_says_so() -> None:
+    for kind in get_args(get_args(AnyMethod)[0]):
+        source = "".join(inspect.getsource(base) for base in kind.__mro__ if issubclass(base, Method))
+        if ".read(" in source:
+            assert kind.reads_layers is not Method.reads_layers, f"{kind.__name__} reads layers: override reads_layers"
+
+
+def _left_out(config: Config) -> list[str]:
+    texts = assumptions(make_plan(config, ["H100"], [1]), config)
+    return [text for text in texts if text.startswith("Not counted of method")]
 
 
 def test_steps_are_unknown_without_the_number_of_rows(tmp_path: Path) -> None:

@@ -5,34 +5,56 @@ from typing import Annotated
 from pydantic import Field
 
 from mixkd_fast.methods.base import Method, Moment, Setting
+from mixkd_fast.methods.cckd import CCKD
 from mixkd_fast.methods.cilda import CILDA
 from mixkd_fast.methods.cr_ild import CRILD
+from mixkd_fast.methods.data_partition import DataPartition
 from mixkd_fast.methods.dml import DML
 from mixkd_fast.methods.ensemble import Ensemble
 from mixkd_fast.methods.finetune import FineTune
 from mixkd_fast.methods.inheritance import Inheritance
 from mixkd_fast.methods.kd import KD
+from mixkd_fast.methods.label_revision import LabelRevision
 from mixkd_fast.methods.mixkd import MixKD
 from mixkd_fast.methods.pkd import PKD
 from mixkd_fast.methods.pkt import PKT
+from mixkd_fast.methods.rdd import RDD
 from mixkd_fast.methods.reffakd import ReffAKD
 
 AnyMethod = Annotated[
-    CILDA | CRILD | DML | Ensemble | FineTune | Inheritance | KD | MixKD | PKD | PKT | ReffAKD,
+    CCKD
+    | CILDA
+    | CRILD
+    | DataPartition
+    | DML
+    | Ensemble
+    | FineTune
+    | Inheritance
+    | KD
+    | LabelRevision
+    | MixKD
+    | PKD
+    | PKT
+    | RDD
+    | ReffAKD,
     Field(discriminator="name"),
 ]
 
 __all__ = [
+    "CCKD",
     "CILDA",
     "CRILD",
     "DML",
     "KD",
     "PKD",
     "PKT",
+    "RDD",
     "AnyMethod",
+    "DataPartition",
     "Ensemble",
     "FineTune",
     "Inheritance",
+    "LabelRevision",
     "Method",
     "MixKD",
     "Moment",

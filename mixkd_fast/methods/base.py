@@ -63,6 +63,8 @@ class Setting:
     """Seed -> one more student as the configuration describes it, fp32 on the CPU."""
     share: Callable[[Any], Any]
     """A value of every rank -> rank 0's, on every rank."""
+    sum_over_ranks: Callable[[Tensor], Tensor] = torch.Tensor.clone
+    """Sum a tensor over all ranks, for what a pass of `collect` adds up by itself; one rank's by default."""
 
 
 class Method(Section):
@@ -91,6 +93,38 @@ class Method(Section):
     def reads_teacher(self) -> bool:
         """Whether the teacher runs on the clean rows in every step, whatever is kept: its layers enter the loss."""
         return False
+
+    @property
+    def needs_mixed_teacher(self) -> bool:
+        """Whether the teacher runs on the mixed rows."""
+        return False
+
+    @property
+    def needs_clean_student(self) -> bool:
+        """Whether the student runs on the clean rows."""
+        return True
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether the loss reads what layers compute (hidden states, projections), of the student or the teacher."""
+        return self.reads_teacher
+
+    @property
+    def not_planned(self) -> list[str]:
+        """What of this method `mixkd-fast plan` does not count, as noun phrases for its list of assumptions.
+
+        A method that reads layers, or prepares modules in `build`, says so by default; one that knows better overrides
+        it.
+        """
+        texts = []
+        if self.reads_layers:
+            texts.append(
+                "reading hidden states and projections of layers: they are kept for the backward, and models that are "
+                "read run their own forward instead of the fused one"
+            )
+        if type(self).build is not Method.build:
+            texts.append("modules that the method prepares or trains beside the student")
+        return texts
 
     @property
     def trains_classifier(self) -> bool:

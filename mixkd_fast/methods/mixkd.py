@@ -33,13 +33,18 @@ class MixedRowDistillation(CleanRowDistillation, Mixing):
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
         # Asked first and read last: a teacher on a stream of its own works meanwhile.
-        teacher_clean, teacher_mixed = self.outputs_of(teacher, batch, self.needs_clean_teacher, self.tmkd_weight > 0)
+        teacher_clean, teacher_mixed = self.outputs_of(
+            teacher, batch, self.needs_clean_teacher, self.needs_mixed_teacher
+        )
         clean, mixed = self.outputs_of(student, batch, self.needs_clean_student, self.needs_mixed_student)
         return self.objective(batch, *(_logits(output) for output in (clean, mixed, teacher_clean, teacher_mixed)))
 
     @property
+    def needs_mixed_teacher(self) -> bool:
+        return self.tmkd_weight > 0
+
+    @property
     def needs_clean_student(self) -> bool:
-        """Whether the student's logits of the clean rows enter the loss."""
         return self.mle_weight > 0 or self.kd_weight > 0
 
     @property

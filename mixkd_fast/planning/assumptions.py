@@ -23,6 +23,7 @@ def assumptions(plan: Plan, config: Config) -> list[str]:
             "The teacher's answers on clean rows are computed in the first epoch and then read: "
             f"{any_work.teacher_clean_share:.2f} of its forwards on average."
         )
+    texts += [f"Not counted of method {config.method.name}: {text}." for text in config.method.not_planned]
     if any(device.is_gpu for device in plan.devices):
         texts += [
             f"GPUs: data-sheet peaks (fp32 without TF32), {hardware.MATMUL_EFFICIENCY:.0%} of them in matrix products, "

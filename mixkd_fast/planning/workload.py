@@ -64,10 +64,10 @@ def workload(config: Config, lengths: RowLengths, ranks: int) -> Workload:
     steps = training.steps
     if steps is None and lengths.num_rows is not None:
         steps = math.ceil((training.epochs or DEFAULT_EPOCHS) * lengths.num_rows / training.batch_size)
-    imitates_clean = method.needs_clean_teacher or method.reads_teacher
-    trains_clean = bool(getattr(method, "needs_clean_student", True))
     stores = config.teacher is None or (config.teacher.store and not method.reads_teacher)
     epochs = None if steps is None or lengths.num_rows is None else steps * training.batch_size / lengths.num_rows
+    # The teacher's answers on clean rows are the same in every epoch: the first one keeps them.
+    share = 1.0 if epochs is None or not stores else min(1.0, 1.0 / epochs)
     return Workload(
         ranks=ranks,
         batch_size=arithmetic.batch_size,
@@ -75,11 +75,10 @@ def workload(config: Config, lengths: RowLengths, ranks: int) -> Workload:
         accumulation=arithmetic.accumulation,
         lengths=sample,
         widest=lengths.widest,
-        student_clean=trains_clean,
+        student_clean=method.needs_clean_student,
         student_mixed=mixing is not None,
-        # The teacher's answers on clean rows are the same in every epoch: the first one keeps them.
-        teacher_clean_share=float(imitates_clean) * (1.0 if epochs is None or not stores else min(1.0, 1.0 / epochs)),
-        teacher_mixed=bool(getattr(method, "tmkd_weight", 0.0)),
+        teacher_clean_share=share if method.needs_clean_teacher or method.reads_teacher else 0.0,
+        teacher_mixed=method.needs_mixed_teacher,
         student_precision=training.precision,
         teacher_precision=(config.teacher.precision if config.teacher else None) or training.precision,
         fused_encoder=training.fused_encoder,
