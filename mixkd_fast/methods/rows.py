@@ -86,10 +86,10 @@ class RowTable(nn.Module):
     def rows(self, batch: Batch) -> Tensor:
         """The numbers of the batch's clean rows: [B, W] fp32. An idle rank's row (-1) counts as row 0.
 
-        Row numbers are on the host, so nothing waits for the device.
+        Row numbers lie in pinned memory of the host and are copied as they are, so nothing waits for the device.
         """
-        row_ids = batch.row_ids[: batch.num_rows].clamp(min=0)
-        return self.bits.index_select(0, row_ids.to(self.bits.device, non_blocking=True)).view(torch.float32)
+        row_ids = batch.row_ids[: batch.num_rows].to(self.bits.device, non_blocking=True)
+        return self.bits.index_select(0, row_ids.clamp(min=0)).view(torch.float32)
 
 
 @contextmanager
