@@ -205,9 +205,12 @@ def test_the_plan_says_what_a_method_costs_beside_it(tmp_path: Path, method: dic
 
 def test_every_method_that_reads_layers_says_so() -> None:
     for kind in get_args(get_args(AnyMethod)[0]):
-        source = "".join(inspect.getsource(base) for base in kind.__mro__ if issubclass(base, Method))
-        if ".read(" in source:
-            assert kind.reads_layers is not Method.reads_layers, f"{kind.__name__} reads layers: override reads_layers"
+        source = "".join(inspect.getsource(base.terms) for base in kind.__mro__ if "terms" in vars(base))
+        if ".read(" in source or "_readings(" in source or "_last_layer(" in source:
+            says = (kind.reads_layers, kind.reads_teacher)
+            assert says != (Method.reads_layers, Method.reads_teacher), (
+                f"{kind.__name__} reads layers and does not say so"
+            )
 
 
 def _left_out(config: Config) -> list[str]:

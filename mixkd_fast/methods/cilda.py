@@ -86,6 +86,10 @@ class CILDA(MixedRowDistillation):
     """P: width of the projected layers."""
 
     @property
+    def reads_teacher(self) -> bool:
+        return self.contrastive_weight > 0
+
+    @property
     def needs_clean_teacher(self) -> bool:
         # With the layers come the logits: kept ones would save nothing.
         return super().needs_clean_teacher and not self.contrastive_weight
