@@ -103,7 +103,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
                         mean, spread = mean_and_spread(values)
                         color = ("#c2410c", "#0e7490", "#7c3aed")[shift % 3]
                         height = place + 0.25 * (shift - (len(layers) - 1) / 2)
-                        label = f"{number} layers" if place == 0 else None
+                        label = f"student of {number} layers"
                         panel.errorbar(100 * mean, height, xerr=100 * spread, fmt="o", ms=4, color=color, label=label)
             teacher = _teacher_values(report, setting, split, "accuracy")
             if teacher:
@@ -113,8 +113,11 @@ def plot(report: dict[str, Any], path: Path) -> None:
         if groups:
             grid[0][0].set_yticks(range(len(names)), [ARMS[name].title for name in names])
             grid[0][0].invert_yaxis()
-            grid[0][0].legend(fontsize=7)
-            figure.supxlabel("accuracy, %")
+            keys: dict[str, Any] = {}
+            for panel in grid.flat[: len(groups)]:
+                keys |= {label: handle for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+            figure.legend(list(keys.values()), list(keys), loc="outside upper right", ncols=len(keys))
+            figure.supxlabel("accuracy, % (mean and standard deviation over seeds)")
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
 
@@ -300,7 +303,7 @@ def _groups(results: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _label(report: dict[str, Any], setting: str, split: str) -> str:
     section = report["settings"][setting]
-    return str(section["title"]) + (f", {split}" if len(section["splits"]) > 1 else "")
+    return str(section["title"]) + (f", {split.removeprefix('validation_')}" if len(section["splits"]) > 1 else "")
 
 
 def _values(results: list[dict[str, Any]], setting: str, split: str, arm: str, layers: int, metric: str) -> list[float]:
