@@ -35,7 +35,7 @@ def _merged(changes: dict[str, Any]) -> dict[str, Any]:
         ({"training": {"batchsize": 3}}, ["training.batchsize: unknown key", 'nearest: "batch_size"']),
         ({"trainig": {}}, ["trainig: unknown key", 'nearest: "training"']),
         ({"method": {"name": "mixkd", "alhpa": 1}}, ["method.alhpa: unknown key", 'nearest: "alpha"']),
-        ({"method": {"name": "mixd"}}, ["method.name = 'mixd'", "'finetune', 'kd', 'mixkd'"]),
+        ({"method": {"name": "mixd"}}, ["method.name = 'mixd'", "'cckd', 'cilda', 'cr_ild'"]),
         ({"method": {"alpha": 1.0}}, ["method.name"]),
         (
             {"teacher": {"model": "m", "offload": {"devise": "cpu"}}},

@@ -63,6 +63,7 @@ def _setting(student: Encoder, teacher: Encoder, ranks: int = 1) -> Setting:
         load_teacher=unused,
         load_masked_lm=unused,
         new_student=unused,
+        share=unused,
     )
 
 
