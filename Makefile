@@ -18,7 +18,7 @@ demo: venv  ## a teacher, three students, a table and a report, in a few minutes
 	$(BIN)/python examples/pipeline.py runs/demo_mixkd/student
 
 test: venv  ## every test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 bench: venv  ## measure the fused ops against eager PyTorch, torch.compile and a copy of the same bytes
 	$(BIN)/python -m benchmarks all --json runs/bench/ops.json
