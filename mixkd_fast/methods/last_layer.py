@@ -6,6 +6,7 @@ Legend of shape suffixes: O rows, L positions, H width, h heads, d width of a he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -38,16 +39,21 @@ class LastLayer(NamedTuple):
 
     def rows(self, rows: Tensor) -> LastLayer:
         """Some rows, in this order."""
-        return LastLayer(*(None if values is None else values[rows] for values in self))  # type: ignore[arg-type]
+        return self._mapped(lambda values: values[rows])
 
     def joined(self, other: LastLayer) -> LastLayer:
         """These rows, then the other's."""
-        pairs = zip(self, other, strict=True)
-        return LastLayer(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
+        ours, theirs = (self.query, self.key, self.value), (other.query, other.key, other.value)
+        attention = (None if a is None or b is None else torch.cat([a, b]) for a, b in zip(ours, theirs, strict=True))
+        return LastLayer(torch.cat([self.mask, other.mask]), torch.cat([self.hidden, other.hidden]), *attention)
 
     def detached(self) -> LastLayer:
         """Without gradients."""
-        return LastLayer(*(None if values is None else values.detach() for values in self))  # type: ignore[arg-type]
+        return self._mapped(Tensor.detach)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> LastLayer:
+        attention = (None if values is None else change(values) for values in (self.query, self.key, self.value))
+        return LastLayer(change(self.mask), change(self.hidden), *attention)
 
 
 def last_number(model: Any) -> int:
