@@ -8,7 +8,7 @@ JOBS ?= 2
 OP_TESTS := $(wildcard tests/test_losses*.py tests/test_reference_divergences.py tests/test_kd_loss_*.py tests/test_mix_*.py tests/test_relation_*.py)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: demo test bench demo-teacher quality lint build asan gpu-check venv clean
+.PHONY: demo test test-slow bench demo-teacher quality lint build asan gpu-check venv clean
 
 demo: venv  ## a teacher, three students, a table and a report, in a few minutes
 	$(DEEPSPEED) mixkd_fast/train.py --config configs/demo_finetune.json
@@ -17,8 +17,11 @@ demo: venv  ## a teacher, three students, a table and a report, in a few minutes
 	$(BIN)/mixkd-fast compare runs/demo_finetune runs/demo_kd runs/demo_mixkd --html runs/demo.html
 	$(BIN)/python examples/pipeline.py runs/demo_mixkd/student
 
-test: venv  ## every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+test: venv  ## the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=20
+
+test-slow: venv  ## further variants of long tests, which `make test` leaves out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
 
 bench: venv  ## measure the fused ops against eager PyTorch, torch.compile and a copy of the same bytes
 	$(BIN)/python -m benchmarks all --json runs/bench/ops.json

@@ -1,6 +1,6 @@
 """Time the fused ops beside eager and compiled PyTorch and their peers, in one process.
 
-    python -m benchmarks kd_loss|mix_embeddings|relation_kl|all [--device cuda] [--json FILE] [--quick]
+    python -m benchmarks kd_loss|linear_kd_loss|mix_embeddings|relation_kl|all [--device cuda] [--json FILE] [--quick]
     python -m benchmarks train_step [--device cuda] [--json FILE]     # whole training steps: see train_step.py
 
 Nothing is timed for an op whose tests fail, nor for an implementation that is wrong against fp64: exit status 1.
@@ -24,15 +24,16 @@ from typing import Any
 import torch
 
 from benchmarks.bars import bars, predictions
-from benchmarks.cases import kd_cases, mix_cases, relation_cases
+from benchmarks.cases import kd_cases, linear_cases, mix_cases, relation_cases
 from benchmarks.render import markdown, write
 from benchmarks.timing import Budget, WrongResult, fix_what_glibc_keeps
 from mixkd_fast.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = ("kd_loss", "mix_embeddings", "relation_kl")
+OPS = ("kd_loss", "linear_kd_loss", "mix_embeddings", "relation_kl")
 CASES: dict[str, Callable[[torch.device, bool], Sequence[Any]]] = {
     "kd_loss": kd_cases,
+    "linear_kd_loss": linear_cases,
     "mix_embeddings": mix_cases,
     "relation_kl": relation_cases,
 }

@@ -127,7 +127,35 @@ def _relation_rules(
     yield "of eager's peak memory", own / eager if own and eager else None, 1.0, True
 
 
-RULES = {"kd_loss": _kd_rules, "mix_embeddings": _mix_rules, "relation_kl": _relation_rules}
+def _linear_rules(
+    result: dict[str, Any], arms: dict[str, dict[str, Any]], backend: str, device: dict[str, Any]
+) -> Iterator[Rule]:
+    case = result["case"]
+    yield "times faster than eager", speedup(arms, backend), 1.0, False
+    # Of the arms' peaks: gradients, the weight's sums in fp32, and what is asked about, the rest.
+    kept = result["kept_bytes"]
+    for name, limit in ((backend, 0.6 * 1024), (f"{backend}, logit-free", 64.0)):
+        peak = arms.get(name, {}).get("peak_bytes")
+        yield f"MiB beside the gradients ({name})", None if peak is None else (peak - kept) / 2**20, limit, True
+    if device["type"] != "cuda" or case["rows"] < 8192:
+        return
+    if case["divergence"] == "forward_kl" and backend == "cuda":
+        limit = 660.0 if device["capability"][0] == 9 else 235.0
+        rates = [arms.get(name, {}).get("tflop_per_s") for name in (backend, f"{backend}, 2048 MiB")]
+        yield "TFLOP/s", max((rate for rate in rates if rate is not None), default=None), limit, False
+    if case["divergence"] == "jsd":
+        own = _median(arms, backend)
+        for peer, limit in (("Liger-Kernel fused", 3.0), ("Liger-Kernel chunked", 1.6)):
+            other = _median(arms, peer)
+            yield f"times faster than {peer}", None if own is None or other is None else other / own, limit, False
+
+
+RULES = {
+    "linear_kd_loss": _linear_rules,
+    "kd_loss": _kd_rules,
+    "mix_embeddings": _mix_rules,
+    "relation_kl": _relation_rules,
+}
 
 
 def _against_forward(arms: dict[str, dict[str, Any]], backend: str) -> float | None:

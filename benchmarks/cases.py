@@ -87,12 +87,37 @@ class RelationCase:
         return self.rows * self.heads * self.length * self.width * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class LinearCase:
+    """linear_kd_loss and its gradients by hidden states and weight; student and teacher alike in width and classes."""
+
+    rows: int
+    classes: int
+    width: int
+    dtype: torch.dtype
+    divergence: DivergenceName = "forward_kl"
+
+    @property
+    def name(self) -> str:
+        return f"{self.divergence} {self.rows}x{self.classes}, H {self.width}, {dtype_name(self.dtype)}"
+
+    @property
+    def flop(self) -> int:
+        """Of the products: the teacher's logits, the student's, and two for its gradients."""
+        return 8 * self.rows * self.classes * self.width
+
+    @property
+    def least_bytes(self) -> int:
+        """Both sides' hidden states and weights read, the student's gradients written."""
+        return 3 * (self.rows + self.classes) * self.width * self.dtype.itemsize
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """fp32, bf16, fp16 or fp64."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}[dtype]
 
 
-def describe(case: KDCase | MixCase | RelationCase) -> dict[str, Any]:
+def describe(case: KDCase | MixCase | RelationCase | LinearCase) -> dict[str, Any]:
     """The case as JSON."""
     return {"name": case.name, **asdict(case), "dtype": dtype_name(case.dtype)}
 
@@ -142,6 +167,19 @@ def relation_cases(device: torch.device, quick: bool) -> list[RelationCase]:
     return [RelationCase(*shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
 
 
+def linear_cases(device: torch.device, quick: bool) -> list[LinearCase]:
+    """Heads of Llama 3 on a GPU, of many and of few rows; on the CPU what two cores do in a second or two."""
+    if quick:
+        return [LinearCase(32, 2048, 64, torch.float32), LinearCase(32, 2048, 64, torch.float32, "jsd")]
+    names: tuple[DivergenceName, ...] = ("forward_kl", "jsd")
+    if device.type == "cuda":
+        shapes = ((8192, 128256, 4096), (1024, 128256, 4096), (64, 128256, 4096))
+        return [LinearCase(*shape, torch.bfloat16, name) for shape in shapes for name in names]
+    shapes = ((256, 32000, 512), (16, 32000, 512))
+    dtypes = (torch.float32, torch.bfloat16)
+    return [LinearCase(*shape, dtype, name) for shape in shapes for dtype in dtypes for name in names]
+
+
 @dataclass(frozen=True)
 class KDInputs:
     """student_logits [N, C] requires gradient; the last three are None unless the case is mixed."""
@@ -166,6 +204,16 @@ class MixInputs:
     token_type_weight: Tensor
     layer_norm: nn.LayerNorm
     grad_output: Tensor
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    """Hidden states [N, H] and weights [C, H] of both sides; the student's require gradients."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -237,6 +285,18 @@ def relation_inputs(case: RelationCase, device: torch.device) -> RelationInputs:
         mask=torch.ones(case.rows, case.length, dtype=torch.bool, device=device),
         grad_output=torch.linspace(0.5, 1.5, case.rows, device=device),
     )
+
+
+def linear_inputs(case: LinearCase, device: torch.device) -> LinearInputs:
+    """Logits of standard deviation 2, as those of `kd_inputs`."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(rows: int, deviation: float) -> Tensor:
+        values = torch.empty(rows, case.width, dtype=case.dtype, device=device)
+        return values.normal_(0, deviation, generator=generator)
+
+    sides = [(normal(case.rows, 1), normal(case.classes, 2 / case.width**0.5)) for _ in range(2)]
+    return LinearInputs(*(tensor.requires_grad_() for tensor in sides[0]), *sides[1])
 
 
 def _lam(rows: int, device: torch.device) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import KDCase, KDInputs
+from benchmarks.cases import KDCase, KDInputs, LinearCase, LinearInputs
 
 Loss = Callable[[KDInputs], Tensor]
+LinearLoss = Callable[[LinearInputs], Tensor]
 
 
 def eager(case: KDCase) -> Loss | str:
@@ -87,3 +88,50 @@ def _mixed(case: KDCase) -> Loss:
         return distillation(inputs) + (inputs.lam * first + (1 - inputs.lam) * second).mean()
 
     return loss
+
+
+def eager_linear(case: LinearCase) -> LinearLoss | str:
+    """Both heads' logits in the dtype of the heads, then the loss in fp32, as language models are distilled."""
+    losses: dict[str, Loss] = {"forward_kl": _forward_kl(1.0), "reverse_kl": _reverse_kl, "jsd": _jsd}
+    divergence = losses.get(case.divergence)
+    if divergence is None:
+        return "has no common form"
+
+    def loss(inputs: LinearInputs) -> Tensor:
+        with torch.no_grad():
+            teacher = F.linear(inputs.teacher_hidden, inputs.teacher_weight)
+        student = F.linear(inputs.student_hidden, inputs.student_weight)
+        return divergence(KDInputs(student.float(), teacher.float()))
+
+    return loss
+
+
+def liger_linear(case: LinearCase, device: torch.device, chunked: bool) -> LinearLoss | str:
+    """Liger-Kernel's fused linear JSD, or its chunked distillation loss, which it compiles."""
+    if case.divergence != "jsd":
+        return "has no such loss"
+    if device.type != "cuda":
+        return "runs on GPUs only"
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        from liger_kernel.transformers import LigerFusedLinearJSD
+    except ImportError as error:
+        return f"liger-kernel is not installed ({error.name})"
+    if not chunked:
+        fused = LigerFusedLinearJSD(jsd_beta=0.5)
+
+        def loss(inputs: LinearInputs) -> Tensor:
+            sides = inputs.student_hidden, inputs.student_weight, inputs.teacher_hidden, inputs.teacher_weight
+            value: Tensor = fused(*sides)
+            return value
+
+        return loss
+    compiled = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=True)
+    labels = torch.zeros(case.rows, dtype=torch.long, device=device)
+
+    def chunked_loss(inputs: LinearInputs) -> Tensor:
+        sides = inputs.student_hidden, inputs.student_weight, inputs.teacher_hidden, inputs.teacher_weight
+        value: Tensor = compiled(*sides, labels)
+        return value
+
+    return chunked_loss

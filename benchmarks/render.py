@@ -45,7 +45,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"it holds what a call allocates. {caches} `times eager` is against `eager`, plain PyTorch as users write it, "
         "or against this project's `reference` where there is none. GB/s counts the fewest bytes that the op must "
         "move (kd_loss: two tensors read, one written; mix_embeddings: two rows read, one written; its backward: a row "
-        "read, the gradient of the whole word table written; relation_kl: four tensors read, two gradients written). "
+        "read, the gradient of the whole word table written; relation_kl: four tensors read, two gradients written; "
+        "linear_kd_loss, which products bound: hidden states and weights read, two gradients written). TFLOP/s counts "
+        "the products alone. "
         "`of copy` compares that rate with a `clone()` timed in the same rounds: of the student's logits, or of as "
         "many bytes for the other ops. Peak is the most that "
         f"tensors made by one call occupied at once{counted}. Errors are relative L2 norms against fp64 from the same "
@@ -123,9 +125,10 @@ def _op_lines(op: str, results: list[dict[str, Any]]) -> list[str]:
     errors = list(dict.fromkeys(name for result in results for arm in result["arms"] for name in arm.get("errors", ())))
     shown = errors if len(errors) <= 2 else ["output", "gradients, largest"]
     lines = [f"## {op}", ""]
-    lines.append("| case | variant | ms [quartiles] | times eager | GB/s | of copy | peak MiB | ")
-    lines[-1] += " | ".join(f"{name} error" for name in shown) + " |"
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(shown))
+    counted = any("tflop_per_s" in arm for result in results for arm in result["arms"])
+    columns = ["GB/s", "of copy", *(["TFLOP/s"] if counted else []), "peak MiB", *(f"{name} error" for name in shown)]
+    lines.append(f"| case | variant | ms [quartiles] | times eager | {' | '.join(columns)} |")
+    lines.append("| --- | --- | ---: | ---: |" + " ---: |" * len(columns))
     absent: dict[str, list[str]] = {}
     for result in results:
         arms = {arm["name"]: arm for arm in result["arms"]}
@@ -141,6 +144,7 @@ def _op_lines(op: str, results: list[dict[str, Any]]) -> list[str]:
                 "" if ratio is None or arm["kind"] == "copy" else f"{ratio:.2f}",
                 f"{arm['gb_per_s']:.1f}",
                 f"{100 * arm['fraction_of_copy']:.0f} %",
+                *([f"{arm['tflop_per_s']:.2f}" if "tflop_per_s" in arm else ""] if counted else []),
                 f"{arm['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in arm else "",
                 *_error_cells(arm.get("errors"), shown),
             ]

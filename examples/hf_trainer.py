@@ -1,4 +1,4 @@
-"""Distillation in a `transformers.Trainer`: a subclass whose compute_loss has three lines.
+"""Distillation of a classifier in `transformers.Trainer`: `DistillTrainer` with KD, or with MixKD.
 
 Tiny random models and data, nothing is downloaded. Run: python examples/hf_trainer.py
 """
@@ -7,41 +7,12 @@ import tempfile
 from typing import Any
 
 import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from mixkd_fast.losses import KDLoss
+from mixkd_fast.integrations import DistillTrainer
 
-
-class DistillationTrainer(Trainer):
-    """Trains `model` against `teacher`; the mean runs over the rows of the whole accumulated batch."""
-
-    def __init__(self, teacher: PreTrainedModel, kd_loss: KDLoss, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
-        self.kd_loss = kd_loss
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        outputs, rows = model(**inputs), self.rows_per_process(num_items_in_batch)
-        loss = self.kd_loss(outputs.logits, self.teacher_logits(inputs), inputs["labels"], normalizer=rows)
-        return (loss, outputs) if return_outputs else loss
-
-    def teacher_logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The frozen teacher's logits of a batch."""
-        return self.teacher(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-
-    def rows_per_process(self, num_items_in_batch: Any) -> Any:
-        """Gradients are averaged over processes; the count is that of all of them unless the arguments say no."""
-        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
-            return num_items_in_batch
-        return num_items_in_batch / self.accelerator.num_processes
+KD = {"temperature": 2.0, "ce_weight": 1.0}
+MIXKD = {"loss": {"kd_weight": 0.0, "ce_weight": 1.0}, "mixing": {"alpha": 0.4}, "mixed_loss": KD}
 
 
 def tiny_bert(layers: int, hidden_size: int) -> BertForSequenceClassification:
@@ -59,8 +30,10 @@ def tiny_bert(layers: int, hidden_size: int) -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
-def main(steps: int = 60, micro_batch_size: int = 8, accumulation_steps: int = 2, seed: int = 0) -> list[float]:
-    """Train for `steps` optimizer steps and return the loss of each."""
+def main(
+    steps: int = 60, micro_batch_size: int = 8, accumulation_steps: int = 2, seed: int = 0, **distillation: Any
+) -> list[float]:
+    """Train for `steps` optimizer steps and return the loss of each. `distillation`: options of DistillTrainer."""
     torch.manual_seed(seed)
     teacher, student = tiny_bert(2, 32), tiny_bert(1, 16)
     with torch.no_grad():
@@ -84,12 +57,13 @@ def main(steps: int = 60, micro_batch_size: int = 8, accumulation_steps: int = 2
             dataloader_pin_memory=False,
             seed=seed,
         )
-        kd_loss = KDLoss(temperature=2.0, ce_weight=1.0)
-        trainer = DistillationTrainer(teacher, kd_loss, model=student, args=arguments, train_dataset=rows)
+        options = distillation or {"loss": KD}
+        trainer = DistillTrainer(student, arguments, teacher_model=teacher, train_dataset=rows, **options)
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 if __name__ == "__main__":
-    losses = main()
-    print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")
+    for name, options in (("KD", {"loss": KD}), ("MixKD", MIXKD)):
+        losses = main(**options)
+        print(f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")

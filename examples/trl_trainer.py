@@ -1,7 +1,7 @@
-"""Distillation of a language model in TRL: GKDTrainer with kd_loss in its compute_loss.
+"""Distillation of a language model in TRL: its GKDTrainer with this project's losses.
 
-GKDTrainer brings the teacher, the chat collator and on-policy generation; the loss is this project's, with its
-divergences, its temperature and its hard-label term. Tiny random models and data, nothing is downloaded.
+TRL brings the teacher, the chat collator and on-policy generation; the loss is this project's, with its divergences,
+its temperature and its hard-label term. Tiny random models and data, nothing is downloaded.
 Run: python examples/trl_trainer.py
 """
 
@@ -12,44 +12,12 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.gkd import GKDConfig
 
-from mixkd_fast.losses import KDLoss
+from mixkd_fast.integrations import GKDTrainer
+from mixkd_fast.losses import LinearKDLoss
 
 WORDS = [f"w{number}" for number in range(24)]
-
-
-class DistillationTrainer(GKDTrainer):
-    """Trains `model` against `teacher_model`; the mean runs over the answers' tokens of the accumulated batch."""
-
-    def __init__(self, kd_loss: KDLoss, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.kd_loss = kd_loss
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        tokens = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        outputs, teacher_logits = model(**tokens), self.teacher_logits(tokens)
-        # The logits at one position predict the next token. A label of -100 (prompt, padding) drops its row.
-        loss = self.kd_loss(
-            outputs.logits[:, :-1],
-            teacher_logits[:, :-1],
-            inputs["labels"][:, 1:],
-            normalizer=self.tokens_per_process(num_items_in_batch),
-        )
-        return (loss, outputs) if return_outputs else loss
-
-    def teacher_logits(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The frozen teacher's logits of a batch."""
-        with torch.no_grad():
-            return self.teacher_model.eval()(**tokens).logits
-
-    def tokens_per_process(self, num_items_in_batch: Any) -> Any:
-        """Gradients are averaged over processes; the count is that of all of them unless the arguments say no."""
-        if num_items_in_batch is None or not self.args.average_tokens_across_devices:
-            return num_items_in_batch
-        return num_items_in_batch / self.accelerator.num_processes
 
 
 def tiny_llama(layers: int, hidden_size: int, vocab_size: int) -> LlamaForCausalLM:
@@ -101,7 +69,7 @@ def main(
     micro_batch_size: int = 8,
     accumulation_steps: int = 2,
     seed: int = 0,
-    trainer_class: type[GKDTrainer] = DistillationTrainer,
+    trainer_class: Any = GKDTrainer,
     **own: Any,
 ) -> list[float]:
     """Train for `steps` optimizer steps and return the loss of each. `own`: arguments of the trainer's class alone."""
@@ -142,5 +110,6 @@ def main(
 
 
 if __name__ == "__main__":
-    losses = main(kd_loss=KDLoss(divergence="jsd", beta=0.5, temperature=2.0))
+    # From hidden states and heads: whole logits never exist. A KDLoss takes the same options and works on logits.
+    losses = main(loss=LinearKDLoss(divergence="jsd", beta=0.5, temperature=2.0))
     print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")

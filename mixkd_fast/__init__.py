@@ -6,7 +6,7 @@ The losses need torch alone; `distill` and the methods load what extra [train] b
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mixkd_fast.losses import KDLoss, kd_loss
+from mixkd_fast.losses import KDLoss, LinearKDLoss, kd_loss, linear_kd_loss
 from mixkd_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -14,7 +14,18 @@ if TYPE_CHECKING:
     from mixkd_fast.methods import KD, FineTune, MixKD
 
 
-__all__ = ["KD", "FineTune", "KDLoss", "MixKD", "Result", "__version__", "distill", "kd_loss"]
+__all__ = [
+    "KD",
+    "FineTune",
+    "KDLoss",
+    "LinearKDLoss",
+    "MixKD",
+    "Result",
+    "__version__",
+    "distill",
+    "kd_loss",
+    "linear_kd_loss",
+]
 
 _HOMES = {
     "distill": "mixkd_fast.distillation",

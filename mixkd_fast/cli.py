@@ -1,4 +1,4 @@
-"""The installed command: mixkd-fast train | evaluate | compare | report | plan | sweep | config."""
+"""The installed command `mixkd-fast`: train, evaluate, compare, report, teach, store, select, plan, sweep, config."""
 
 import sys
 from collections.abc import Sequence
@@ -9,6 +9,9 @@ _COMMANDS = {
     "evaluate": ("mixkd_fast.cli_evaluate", "score a saved model on a task"),
     "compare": ("mixkd_fast.compare", "put finished runs beside each other in a table"),
     "report": ("mixkd_fast.report", "write a run's report.html again"),
+    "teach": ("mixkd_fast.cli_teach", "keep what a teacher says of a whole corpus in a store"),
+    "store": ("mixkd_fast.cli_store", "show or verify such a store"),
+    "select": ("mixkd_fast.cli_select", "write the rows that MiniPLM chooses by two models' scores"),
     "plan": ("mixkd_fast.cli_plan", "predict memory and speed before anything runs"),
     "sweep": ("mixkd_fast.cli_sweep", "run and rank many configurations"),
     "config": ("mixkd_fast.cli_config", "show, check or describe configurations"),

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,20 @@ import torch
 from numpy.typing import NDArray
 
 from mixkd_fast import distributed
+from mixkd_fast.causal_lm import CausalLM, check_head
 from mixkd_fast.configuration import Task, load_config
 from mixkd_fast.data.batching import Batch, Padding
+from mixkd_fast.data.language_tokens import tokenize_language_rows
 from mixkd_fast.data.loading import load_evaluation
+from mixkd_fast.data.prompts import PromptStyle
 from mixkd_fast.data.tokenization import default_cache_dir, tokenize_rows
 from mixkd_fast.encoder import Encoder
 from mixkd_fast.errors import MixKDError, ModelError
 from mixkd_fast.evaluation import Evaluation, EvaluationPlan, evaluate
+from mixkd_fast.generation import Answers
+from mixkd_fast.language_preparation import references_of
 from mixkd_fast.models import check_max_length, check_num_labels, check_vocabulary
+from mixkd_fast.pretrained import with_padding
 from mixkd_fast.saving import load_model
 
 Labels = NDArray[Any]
@@ -31,8 +38,10 @@ def evaluate_saved(model_folder: Path, task: Task, batch_size: int = 64) -> dict
     Raises: DataError or ModelError where rows, model and task do not fit together.
     """
     device = distributed.choose_device()
-    if not (model_folder / "config.json").is_file():
+    if not any((model_folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ModelError(f"{str(model_folder)!r} holds no saved model: config.json is missing")
+    if task.kind == "causal_lm":
+        return _evaluate_language(model_folder, task, batch_size, device)
     model, tokenizer = load_model(model_folder)
     spec, splits = load_evaluation(task)
     check_num_labels(model.config, spec.num_labels, spec.label_names)
@@ -51,6 +60,42 @@ def evaluate_saved(model_folder: Path, task: Task, batch_size: int = 64) -> dict
     for split, rows in splits.items():
         tokens = tokenize_rows(rows, tokenizer, task.max_length, cache_dir)
         results[split] = (evaluate(split, tokens, plan, forward, None), np.asarray(tokens.labels))
+    return results
+
+
+def _evaluate_language(
+    model_folder: Path, task: Task, batch_size: int, device: torch.device
+) -> dict[str, tuple[Evaluation, Labels]]:
+    """The same for a causal language model, with ROUGE-L of its answers to instructions; logits are [N, 3]."""
+    model, tokenizer = load_model(model_folder, causal_lm=True)
+    spec, splits = load_evaluation(task)
+    check_vocabulary(model, tokenizer, "model")
+    check_max_length(model.config, task.max_length, "model")
+    lm = CausalLM(model.requires_grad_(False))
+    check_head(lm)
+    lm = lm.to(device)
+    tokenizer = with_padding(tokenizer)
+    cache_dir = Path(task.cache_dir) if task.cache_dir else default_cache_dir()
+    padding = replace(Padding.of(tokenizer), side="right")
+    plan = EvaluationPlan(batch_size, padding, device, list(spec.metrics), language=True)
+    style = PromptStyle.of(task)
+    tokens = {
+        split: tokenize_language_rows(rows, tokenizer, task.max_length, cache_dir, style)
+        for split, rows in splits.items()
+    }
+    references = references_of(task, splits, tokens)
+    answers = Answers.of_splits(task.generation, 0, tokens, references, plan, tokenizer)
+
+    @torch.no_grad()
+    def forward(batch: Batch) -> torch.Tensor:
+        return lm.answers(batch)
+
+    results = {}
+    for split, rows in tokens.items():
+        result = evaluate(split, rows, plan, forward, None)
+        if split in answers:
+            answers[split].judge(lm.generate, result.metrics)
+        results[split] = (result, np.asarray(rows.labels))
     return results
 
 

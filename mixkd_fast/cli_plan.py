@@ -107,6 +107,7 @@ def _memory_json(memory: RankMemory) -> dict[str, int]:
         **fields,
         **{f"student_{name}": value for name, value in student.items()},
         "gradients_bytes": memory.gradients_bytes,
+        "host_bytes": memory.host_bytes,
         "total_bytes": memory.total_bytes,
     }
 
@@ -117,9 +118,10 @@ def _memory_lines(plan: Plan, devices: list[DevicePlan]) -> list[str]:
     first = next(count for count in counts if count.work is not None)
     assert first.work is not None
     names = ", ".join(device.device.name for device in devices)
-    header = ["", "teacher", "student", "gradients", "optimizer", "buckets", "activations", "working", "logits"]
+    logits = "loss" if first.memory[next(iter(first.memory))].is_language else "logits"
+    header = ["", "teacher", "student", "gradients", "optimizer", "buckets", "activations", "working", logits]
     rows = [
-        [_marked(placement, plan), *_parts(memory), _gib(memory.student.host_bytes), _fitting(devices, memory)]
+        [_marked(placement, plan), *_parts(memory), _gib(memory.host_bytes), _fitting(devices, memory)]
         for placement, memory in first.memory.items()
     ]
     lines = [
@@ -175,7 +177,7 @@ def _parts(memory: RankMemory) -> list[str]:
         student.buckets_bytes,
         memory.activations_bytes,
         max(memory.student_working_bytes, memory.teacher_working_bytes),
-        memory.logits_bytes,
+        memory.logits_bytes + memory.heads_bytes,
         memory.total_bytes,
     )
     return [_gib(part) for part in parts]

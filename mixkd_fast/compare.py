@@ -46,7 +46,7 @@ def compare(directories: Sequence[Path]) -> tuple[list[str], Cells]:
             seen.add(teacher["model"])
             figures = [teacher["metrics"].get(split, {}).get(metric) for split, metric in names]
             rate = summary.get("inference", {}).get("teacher_samples_per_s")
-            rows.append([f"teacher {teacher['model']}", *figures, teacher["parameters"], None, None, rate])
+            rows.append([f"teacher {teacher['model']}", *figures, teacher.get("parameters"), None, None, rate])
     for path, summary in zip(directories, summaries, strict=True):
         figures = [summary["metrics"].get(split, {}).get(metric) for split, metric in names]
         training, rate = summary["training"], summary.get("inference", {}).get("samples_per_s")

@@ -9,14 +9,19 @@ from pydantic import Field, ValidationError, model_validator
 
 from mixkd_fast.config_errors import explain
 from mixkd_fast.errors import ConfigurationError
+from mixkd_fast.language_task import LanguageTask, check_language_fields
+from mixkd_fast.lora import Lora
 from mixkd_fast.methods import AnyMethod, MixKD
+from mixkd_fast.methods.stored_teacher import check_offline
 from mixkd_fast.partition import Partition
+from mixkd_fast.plan_section import PlannedModels
 from mixkd_fast.section import Section
 from mixkd_fast.strict_json import apply_overrides, read_object
-
-Precision = Literal["fp32", "bf16", "fp16"]
-PositiveInt = Annotated[int, Field(gt=0)]
-Text = Annotated[str, Field(min_length=1)]
+from mixkd_fast.teacher_section import Offload as Offload
+from mixkd_fast.teacher_section import PositiveInt as PositiveInt
+from mixkd_fast.teacher_section import Precision as Precision
+from mixkd_fast.teacher_section import Teacher as Teacher
+from mixkd_fast.teacher_section import Text as Text
 
 _EXTRA_OPTIONS = ("extra_labels", "extra_min_confidence", "extra_agreement", "extra_max_rows")
 
@@ -32,7 +37,7 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-class Task(Section):
+class Task(LanguageTask):
     """What is learned: a known task by name, a hub data set, or the user's own files."""
 
     name: str = "custom"
@@ -44,7 +49,12 @@ class Task(Section):
     revision: str | None = None
     """Revision of the hub data set."""
     train_files: list[str] | None = None
-    """Local training files (csv, tsv, jsonl, json, parquet); they replace the hub data set."""
+    """Local training files (csv, tsv, jsonl, json, parquet; txt for causal_lm); they replace the hub data set."""
+    streaming: bool = False
+    """Read and tokenise train_files (parquet, jsonl; patterns such as "corpus/*.parquet") as training goes on, each
+    rank its own part: for corpora larger than memory. Needs label_names where the task does not know them."""
+    streaming_window: PositiveInt = 8192
+    """Streaming: rows of a micro-batch's part that are shuffled together, in memory."""
     evaluation_files: dict[str, list[str]] | None = None
     """Split name -> local files. The first split is the one that picks the best checkpoint."""
     extra_train_files: list[str] = Field(default=[])
@@ -58,15 +68,16 @@ class Task(Section):
     extra_max_rows: PositiveInt | None = None
     """Use at most this many of the extra rows that pass, drawn by subset_seed; null uses all."""
     text_column: str | None = None
-    """Column of the first text; null takes the known task's."""
+    """Column of the first text, or of the plain text of a causal_lm; null takes the known task's."""
     text_pair_column: str | None = None
     """Column of the second text; null for single sentences (or the known task's)."""
     label_column: str | None = None
     """Column of the label; null takes the known task's, else "label"."""
     soft_label_columns: list[str] | None = None
     """Columns with one probability per class, in label order; rows that lack them use their hard label."""
-    kind: Literal["classification", "regression"] | None = None
-    """null takes the known task's, else classification."""
+    kind: Literal["classification", "regression", "causal_lm"] | None = None
+    """null takes the known task's, else classification; causal_lm is language modelling, of plain text (packed) or of
+    answers to instructions."""
     label_names: list[str] | None = None
     """Class names in label order; needed when labels are text and the file does not carry them."""
     train_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -80,15 +91,18 @@ class Task(Section):
     partition: Partition | None = None
     """Train on one shard of these rows (after train_fraction or train_rows); extra files belong to every shard."""
     max_length: Annotated[int, Field(gt=2)] = 128
-    """Longest sequence in tokens; longer rows are truncated and counted."""
+    """Longest sequence in tokens; longer rows are truncated and counted. Plain text of a causal_lm is cut into blocks
+    of this length."""
     metrics: list[str] | None = None
-    """accuracy, f1, matthews, pearson, spearman; the first picks the best checkpoint. null takes the known task's."""
+    """accuracy, f1, matthews, pearson, spearman; of a causal_lm perplexity, nll, token_accuracy, rouge_l. The first
+    picks the best checkpoint. null takes the known task's."""
     cache_dir: str | None = None
     """Where tokenised rows are kept; null means ~/.cache/mixkd_fast (or $XDG_CACHE_HOME/mixkd_fast)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Task":
         _only_one(self, "train_fraction", "train_rows")
+        check_language_fields(self)
         chosen = {name: getattr(self, name) for name in _EXTRA_OPTIONS if name in self.model_fields_set}
         if not self.extra_train_files and any(value not in (None, False, "file") for value in chosen.values()):
             raise ValueError(f"{', '.join(chosen)}: needs extra_train_files, whose rows are meant")
@@ -104,62 +118,6 @@ class Task(Section):
     def asks_teacher_about_extra_rows(self) -> bool:
         """Whether the extra rows are labelled or judged by the teacher."""
         return self.extra_labels == "teacher" or self.extra_min_confidence is not None or self.extra_agreement
-
-
-class Offload(Section):
-    """Where parameters of a ZeRO-3 teacher rest while they are not in use."""
-
-    device: Literal["cpu", "nvme"]
-    """Resting place of the partitioned parameters."""
-    nvme_path: str | None = None
-    """Folder on the NVMe disk; needed for device "nvme"."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Offload":
-        if self.device == "nvme" and self.nvme_path is None:
-            raise ValueError('device "nvme" needs nvme_path, a folder on the NVMe disk')
-        return self
-
-
-class Teacher(Section):
-    """The frozen model that is imitated."""
-
-    model: Text
-    """Hub name or local folder with safetensors weights."""
-    revision: str | None = None
-    """Revision on the hub."""
-    zero_stage: Literal[0, 3] = 0
-    """0 keeps the whole teacher on every rank; 3 partitions it over the ranks."""
-    offload: Offload | None = None
-    """ZeRO-3 only: parameters rest in CPU memory or on NVMe."""
-    precision: Precision | None = None
-    """null takes training.precision."""
-    stream: bool = False
-    """On a GPU: run on a CUDA stream of its own, beside the student's forward (zero_stage 0)."""
-    quantization: Literal["int8", "fp8"] | None = None
-    """Linear layers in 8 bits, their inputs rounded as they come (zero_stage 0): int8 on the CPU, fp8 on a GPU."""
-    store: bool = True
-    """Keep the logits of clean training rows on disk and read them, where a run of several epochs needs them."""
-    store_dir: str | None = None
-    """Folder of the kept logits; null means teacher_logits in task.cache_dir or its default."""
-    store_mib: PositiveInt = 4096
-    """Limit of that folder; a training set whose logits need more is not kept."""
-    attention: str | None = None
-    """Attention implementation of transformers (sdpa, eager, flash_attention_2); null lets it choose."""
-    trust_remote_code: bool = False
-    """Run model code from the hub repository."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Teacher":
-        if self.offload is not None and self.zero_stage != 3:
-            raise ValueError(f"offload needs zero_stage 3, and zero_stage is {self.zero_stage}")
-        around = {"int8": "fp32", "fp8": "bf16"}.get(self.quantization or "")
-        if around is not None and (self.zero_stage != 0 or self.precision not in (None, around)):
-            raise ValueError(
-                f'quantization "{self.quantization}" needs zero_stage 0 and no precision but {around}; they are '
-                f"{self.zero_stage} and {self.precision}"
-            )
-        return self
 
 
 class Student(Section):
@@ -181,6 +139,8 @@ class Student(Section):
     """Replaces every dropout probability of the student; null keeps the model's own."""
     attention: str | None = None
     """Attention implementation of transformers; null lets it choose."""
+    lora: Lora | None = None
+    """Train adapters beside frozen weights (causal_lm); null trains all weights."""
     trust_remote_code: bool = False
     """Run model code from the hub repository."""
 
@@ -193,6 +153,12 @@ class Student(Section):
         for field in ("num_layers", "layers"):
             if self.config is not None and getattr(self, field) is not None:
                 raise ValueError(f"{field} copies layers, and config starts from random weights: only one may be given")
+        made_here = [name for name in ("config", "num_layers", "layers") if getattr(self, name) is not None]
+        if self.lora is not None and made_here and not self.lora.merge:
+            raise ValueError(
+                f"lora saves adapters for a model that is somewhere, and {made_here[0]} makes a new one; set "
+                "lora.merge to true to save it whole"
+            )
         return self
 
 
@@ -264,6 +230,8 @@ class Training(Section):
     """What a NaN or infinite loss or gradient does: stop the run, or skip the step and count it."""
     threads: PositiveInt | None = None
     """CPU threads of each rank; null shares the cores among the ranks of the machine."""
+    rank_timeout_s: PositiveInt | None = 30
+    """Several ranks: after this silence of a machine its ranks count as gone and the others stop; null never stops."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Training":
@@ -297,6 +265,7 @@ class Config(Section):
     output: Output = Output()
     deepspeed: dict[str, Any] | str = Field(default={})
     """DeepSpeed's own configuration, inline or the path of a JSON file; it reaches DeepSpeed untouched."""
+    plan: PlannedModels = PlannedModels()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -305,17 +274,20 @@ class Config(Section):
                 f'teacher: is missing, and method "{self.method.name}" imitates one; add a teacher section '
                 'with a model, or use method "finetune"'
             )
+        if self.teacher is not None and self.teacher.offline is not None:
+            check_offline(self.teacher.offline, self.teacher.model is not None, self.method, self.task.kind)
         if self.teacher is not None and self.teacher.stream and self.training.compile == "shapes":
             raise ValueError(
                 'teacher: stream true and training.compile "shapes" exclude each other, because CUDA graphs of two '
                 'streams would share memory; leave one out, or use compile "dynamic"'
             )
-        if self.task.asks_teacher_about_extra_rows and self.teacher is None:
+        if self.task.asks_teacher_about_extra_rows and (self.teacher is None or self.teacher.model is None):
             raise ValueError(
                 'teacher: is missing, and the task has it label or judge the extra rows (extra_labels "teacher", '
                 "extra_min_confidence, extra_agreement); add a teacher section with a model"
             )
-        if self.teacher is None and self.student.model is None and self.student.config is None:
+        no_teacher = self.teacher is None or self.teacher.model is None
+        if no_teacher and self.student.model is None and self.student.config is None:
             raise ValueError(
                 "student: has neither model nor config, and there is no teacher to take layers from; give student.model"
             )

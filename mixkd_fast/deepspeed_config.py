@@ -51,9 +51,16 @@ def autocasts(training: Training, result: dict[str, Any]) -> bool:
 
 
 def teacher_zero3_config(
-    teacher: Teacher, largest_layer_numel: int, micro_batch_size: int, precision: Precision
+    teacher: Teacher,
+    largest_layer_numel: int,
+    micro_batch_size: int,
+    precision: Precision,
+    largest_share_numel: int | None = None,
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` gets for a frozen teacher under ZeRO-3.
+
+    Args: largest_share_numel = most elements of one parameter that a rank keeps; DeepSpeed's buffers for NVMe must hold
+    as many, and its own size (1e8) is too small for the word embeddings of large models and a waste for others.
 
     DeepSpeed's defaults (1e9 live parameters, parameters below 1e5 never partitioned) would keep a small teacher whole
     on every rank, so its limits are set from the largest layer: that one and the next may be whole, nothing persists.
@@ -69,6 +76,8 @@ def teacher_zero3_config(
         zero["offload_param"] = {"device": teacher.offload.device}
         if teacher.offload.nvme_path is not None:
             zero["offload_param"]["nvme_path"] = teacher.offload.nvme_path
+        if teacher.offload.device == "nvme" and largest_share_numel is not None:
+            zero["offload_param"]["buffer_size"] = largest_share_numel
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "zero_optimization": zero,

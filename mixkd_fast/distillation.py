@@ -21,6 +21,7 @@ from mixkd_fast.run import Run
 from mixkd_fast.run_folder import RunFolder
 from mixkd_fast.saving import load_model
 from mixkd_fast.summary import finish
+from mixkd_fast.watching import watched_ranks
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def distill(
     training: Training | Mapping[str, Any] | None = None,
     output: Output | Mapping[str, Any] | str | None = None,
     deepspeed: Mapping[str, Any] | str | None = None,
+    plan: Mapping[str, Any] | None = None,
     tokenizer: Any | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -59,13 +61,14 @@ def distill(
     Args:
         task: task section, or the name of a known task; may be left out when `train` and `evaluation` are given and
             their columns have usual names (sentence or text, premise + hypothesis, ..., and label).
-        teacher: hub name or folder, a loaded sequence-classification model, or a teacher section (whose "model" may
+        teacher: hub name or folder, a loaded transformers model, or a teacher section (whose "model" may
             be a loaded model too: `{"model": model, "zero_stage": 3}`).
         student: hub name or folder, a loaded model (trained in place), or a student section; None starts from the
             teacher's layers.
         train, evaluation: `datasets.Dataset` objects (evaluation also split name -> Dataset) instead of the task's.
         method: `MixKD(...)`, `KD(...)`, `FineTune(...)`, or a mapping with "name"; MixKD() by default.
         training, output, deepspeed: sections of the configuration; `output` may be just the folder.
+        plan: section of the configuration that `mixkd-fast plan` reads; a run does not.
         tokenizer: for loaded models whose `name_or_path` does not lead to one.
         resume: go on from the newest checkpoint in the output folder.
         progress: show a progress bar on rank 0.
@@ -92,6 +95,7 @@ def distill(
         "training": training,
         "output": {"directory": output} if isinstance(output, str) else output,
         "deepspeed": dict(deepspeed) if isinstance(deepspeed, Mapping) else deepspeed,
+        "plan": plan,
     }
     config = validate(Config, {"task": {}} | {name: value for name, value in fields.items() if value is not None})
     if own_method:
@@ -109,7 +113,8 @@ def run_config(config: Config, loaded: Loaded | None = None, resume: bool = Fals
     if keeps_memory:
         keep_freed_memory()
     try:
-        return _run(config, loaded, device, resume, progress)
+        with watched_ranks(config.training.rank_timeout_s, f"{config.output.directory}/checkpoints"):
+            return _run(config, loaded, device, resume, progress)
     finally:
         if keeps_memory:
             give_back_freed_memory()
@@ -128,7 +133,7 @@ def _run(config: Config, loaded: Loaded, device: torch.device, resume: bool, pro
     print_start(config, parts, engine, run.arithmetic, run.steps)
     run.train(progress)
     summary = finish(run, time.time() - started)
-    model, saved_tokenizer = load_model(folder.path / "student")
+    model, saved_tokenizer = load_model(folder.path / "student", parts.spec.kind == "causal_lm")
     return Result(model, saved_tokenizer, summary["metrics"], folder.path, summary)
 
 

@@ -1,5 +1,6 @@
 """Ranks, gathers and one voice: thin helpers over torch.distributed that also work in a single process."""
 
+import functools
 import os
 import sys
 from typing import Any
@@ -58,6 +59,18 @@ def maximum_over_ranks(values: Tensor) -> Tensor:
     there = values.to("cuda") if dist.get_backend() == "nccl" else values
     dist.all_reduce(there, op=dist.ReduceOp.MAX)
     return there.cpu()
+
+
+def sum_on_host(values: Tensor) -> Tensor:
+    """Sum a CPU tensor over all ranks, in place, without the GPUs: nobody waits for what they are doing."""
+    if world_size() > 1:
+        dist.all_reduce(values, group=_host_group())
+    return values
+
+
+@functools.cache
+def _host_group() -> dist.ProcessGroup | None:
+    return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -71,6 +71,10 @@ class Encoder(nn.Module):
         """The transformers configuration of the wrapped model."""
         return self.model.config
 
+    def run(self, **inputs: Any) -> Any:
+        """The model's own forward; every call of the model passes here."""
+        return self.model(**inputs)
+
     def clean(self, batch: Batch, **kwargs: Any) -> Any:
         """The plain forward on the batch's first num_rows rows.
 
@@ -81,7 +85,7 @@ class Encoder(nn.Module):
             return self._run_fused(batch, None, True)
         rows = slice(0, batch.num_rows)
         types = self._token_types(batch)
-        return self.model(
+        return self.run(
             input_ids=batch.input_ids[rows],
             attention_mask=batch.attention_mask[rows],
             **({} if types is None else {"token_type_ids": types[rows]}),
@@ -145,7 +149,7 @@ class Encoder(nn.Module):
         if self._counts_positions:
             padding_idx = self._container.padding_idx
             inputs["position_ids"] = positions_of(batch.input_ids[rows].ne(padding_idx).to(torch.int64), padding_idx)
-        return self.model(inputs_embeds=word_embeddings, **inputs, **kwargs)
+        return self.run(inputs_embeds=word_embeddings, **inputs, **kwargs)
 
     @property
     def word_table(self) -> nn.Module:
@@ -199,7 +203,7 @@ class Encoder(nn.Module):
             if include_clean:
                 present_OL = torch.cat([present[: batch.num_rows], present_OL])
             inputs["position_ids"] = positions_of(present_OL, padding_idx)
-        return self.model(inputs_embeds=inputs_embeds, **inputs, **kwargs)
+        return self.run(inputs_embeds=inputs_embeds, **inputs, **kwargs)
 
     def _mixed_by_the_op(
         self, batch: Batch, mixing: Mixing, types: Tensor | None, type_table: nn.Module | None, include_clean: bool
@@ -253,7 +257,7 @@ class Encoder(nn.Module):
             first["token_type_ids"] = self._own(types, batch, include_clean)
             second["token_type_ids"] = types[batch.partner]
         with self._embedding_output_mixed(batch, mixing, first["input_ids"], second):
-            return self.model(**first, attention_mask=mask_OL, **kwargs)
+            return self.run(**first, attention_mask=mask_OL, **kwargs)
 
     @contextmanager
     def _embedding_output_mixed(

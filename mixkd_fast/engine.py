@@ -3,7 +3,7 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,17 @@ from torch.profiler import record_function
 
 from mixkd_fast import distributed
 from mixkd_fast.build_locks import without_dead_locks
+from mixkd_fast.causal_lm import CausalLM
 from mixkd_fast.configuration import Training
 from mixkd_fast.data.batching import Batch
+from mixkd_fast.data.next_tokens import IGNORED
 from mixkd_fast.deepspeed_config import autocasts
 from mixkd_fast.errors import CheckpointError, ConfigurationError
+from mixkd_fast.language_task import Sampling
 from mixkd_fast.methods import Method, Moment
 from mixkd_fast.models import Encoder
 from mixkd_fast.step_records import StepRecord, StepRecords, StepReport
+from mixkd_fast.universal import saved_ranks, universal_state
 
 _TAG = "engine"
 _TIMEOUT = timedelta(minutes=30)
@@ -62,9 +66,12 @@ class DistillationModule(nn.Module):
 
     autocast = False
 
-    def __init__(self, student: Encoder, teacher: Any | None, extras: nn.Module | None, method: Method) -> None:
+    def __init__(
+        self, student: Encoder | CausalLM, teacher: Any | None, extras: nn.Module | None, method: Method
+    ) -> None:
         super().__init__()
-        self.student = student
+        # Which of both faces it is, the method knows.
+        self.student: Any = student
         self.extras = extras
         self.method = method
         self._frozen = (teacher,)  # in a tuple: no submodule, so no parameters of this module
@@ -75,7 +82,8 @@ class DistillationModule(nn.Module):
         return [self.student, *self.method.more_students(self.extras)]
 
     def forward(self, batch: Batch, moment: Moment | None, student: int = 0) -> tuple[Tensor, list[str]]:
-        """Loss terms stacked [terms, B] fp32 and their names; without a moment the logits [B, C] of an evaluation.
+        """Loss terms stacked [terms, B] fp32 and their names; without a moment the logits [B, C] of an evaluation
+        (of a causal language model the answers [B, 3]).
 
         Args: student = which of the students is evaluated.
         """
@@ -84,7 +92,9 @@ class DistillationModule(nn.Module):
 
     def _forward(self, batch: Batch, moment: Moment | None, student: int) -> tuple[Tensor, list[str]]:
         if moment is None:
-            return self.students[student].clean(batch).logits.float(), []
+            model: Any = self.students[student]
+            answers = model.answers(batch) if isinstance(model, CausalLM) else model.clean(batch).logits
+            return answers.float(), []
         terms = self.method.terms(batch, self.student, self._frozen[0], self.extras, moment)
         return torch.stack([term.float() for term in terms.values()]), list(terms)
 
@@ -98,9 +108,9 @@ class Engine:
         training: Training,
         deepspeed_config: dict[str, Any],
         device: torch.device,
-        source_rows: NDArray[np.int64],
+        source_rows: NDArray[np.int64] | None,
     ) -> None:
-        """Args: source_rows = row number in the user's data of every training row, for messages."""
+        """Args: source_rows = every training row's number in the user's data, for messages; None if row ids are."""
         self.training = training
         self.device = device
         self._module = module
@@ -133,6 +143,9 @@ class Engine:
             self._engine.enable_backward_allreduce = False
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._guards_itself = self._engine.optimizer is not self._engine.basic_optimizer
+        # Beside adapters the student's weights come from where they came at the start; a method's own are kept.
+        frozen = {id(p) for p in module.parameters() if not p.requires_grad}
+        self._skips_frozen = bool(frozen) and frozen <= {id(p) for p in module.student.parameters()}
         self.monitor = self._engine.monitor
 
     def step(self, batches: Sequence[Batch], moment: Moment, learning_rate: float, batch_size: int) -> None:
@@ -167,6 +180,55 @@ class Engine:
         # Whether the step was applied is asked, and waited for, only where somebody wants to know.
         if method.follows_steps and bool(record.applied):
             method.after_step(self._module.student, self._module.extras, moment)
+
+    @torch.no_grad()
+    def prepare(self, batches: Sequence[Batch], moment: Moment, batch_size: int) -> list[Batch]:
+        """The micro-batches that the method wants to train on in the place of these; collective if it wants any."""
+        module = self._module
+        if not module.method.prepares_batches:
+            return list(batches)
+        self._engine.eval()
+        teacher = module._frozen[0]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=module.autocast):
+            prepared = [
+                module.method.prepare_batch(batch, module.student, teacher, module.extras, moment) for batch in batches
+            ]
+        self._count_targets(prepared, batch_size)
+        # A method gives companions to all micro-batches of a step, on all ranks, or to none.
+        self._count_targets([batch.companion for batch in prepared if batch.companion is not None], batch_size)
+        return prepared
+
+    def _count_targets(self, batches: Sequence[Batch], batch_size: int) -> None:
+        """Set anew what a step's micro-batches know of each other. Collective if there are any."""
+        for batch in batches:
+            batch.num_tokens = int(batch.attention_mask[: batch.num_rows].sum())
+        if batches and all(batch.labels.dim() == 2 for batch in batches):
+            targets = sum((batch.labels[: batch.num_rows] != IGNORED).sum() for batch in batches)
+            mean = float(distributed.sum_over_ranks(torch.as_tensor(targets, device=self.device))) / batch_size
+            for batch in batches:
+                batch.mean_targets = mean
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        options: Sampling,
+        seed: int,
+        eos_ids: Tensor,
+        pad_id: int,
+        student: int = 0,
+    ) -> Tensor:
+        """A student's continuations of prompts; see `CausalLM.generate`. Collective under ZeRO-3."""
+        self._engine.eval()
+        model: Any = self._module.students[student]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._module.autocast):
+            generated: Tensor = model.generate(prompt_ids, prompt_mask, options, seed, eos_ids, pad_id)
+        return generated
+
+    def after_evaluation(self, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Let the method know what an evaluation found."""
+        self._module.method.after_evaluation(metrics, self._module.extras)
 
     def report(self) -> StepReport:
         """What happened in the steps since the last report. Collective; waits for the device.
@@ -209,7 +271,10 @@ class Engine:
 
     @torch.no_grad()
     def teacher_logits(self, batch: Batch, teacher: Any) -> Tensor:
-        """The answers [B, C] that the method takes for the teacher's in an evaluation."""
+        """The answers [B, C] that the method takes for the teacher's in an evaluation; [B, 3] of a language model."""
+        if isinstance(self._module.student, CausalLM):
+            answers: Tensor = teacher.answers(batch)
+            return answers
         return self._module.method.teacher_logits(batch, teacher, self._module.extras)
 
     @property
@@ -221,30 +286,86 @@ class Engine:
         """A student's transformers model, its parameters possibly partitioned."""
         return self._module.students[student].model
 
-    def student_state(self, student: int = 0) -> dict[str, Tensor] | None:
-        """A student's whole state on rank 0 (CPU tensors), None elsewhere. Collective."""
+    def student_state(self, student: int = 0, trained_only: bool = False) -> dict[str, Tensor] | None:
+        """A student's whole state on rank 0 (CPU tensors), None elsewhere; or its trained parameters. Collective."""
         model = self._module.students[student].model
         names = {id(p): name for name, p in model.named_parameters(remove_duplicate=True)}
         state: dict[str, Tensor] = {}
         for parameter in model.parameters():
+            if trained_only and not parameter.requires_grad:
+                continue
             with whole_parameters([parameter]):
                 if distributed.rank() == 0:
                     state[names[id(parameter)]] = parameter.detach().cpu().clone()
         if distributed.rank() != 0:
             return None
+        if trained_only:
+            return state
         persistent = model.state_dict().keys()
         state.update({name: b.detach().cpu().clone() for name, b in model.named_buffers() if name in persistent})
         return state
 
     def save(self, folder: Path) -> None:
-        """Write everything that training needs to go on, on every rank."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        """Write everything that training needs to go on, on every rank; a frozen student's weights are left out."""
+        skips = self._skips_frozen
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=skips)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, with the same number of ranks."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+    def load(self, checkpoint: Path) -> None:
+        """Read what `save` wrote into the state folder of a checkpoint, on any number of ranks. Collective."""
+        ranks, world = saved_ranks(checkpoint / "state", _TAG), distributed.world_size()
+        is_cut_otherwise = self.zero_stage > 0 and ranks not in (0, world)
+        folder = universal_state(checkpoint, _TAG) if is_cut_otherwise else checkpoint / "state"
+        decays = [group.get("weight_decay") for group in self._engine.optimizer.param_groups]
+        # DeepSpeed has no argument for it: its "checkpoint" section says it before anybody knows what will be loaded.
+        self._engine._config.load_universal_checkpoint = is_cut_otherwise
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not self._skips_frozen)
+        except (AssertionError, IndexError, KeyError, RuntimeError) as error:
+            if not is_cut_otherwise:
+                raise
+            raise CheckpointError(
+                f"DeepSpeed cannot load {checkpoint}, written by {ranks} ranks, on {world} ({type(error).__name__}: "
+                f"{error}); resume on {ranks} ranks"
+            ) from error
+        finally:
+            self._engine._config.load_universal_checkpoint = False
         if path is None:
             raise CheckpointError(f"DeepSpeed found no state of this ZeRO stage and number of ranks in {folder}")
+        if is_cut_otherwise:
+            self._complete_universal(folder / _TAG, decays)
+
+    def _complete_universal(self, folder: Path, decays: list[float | None]) -> None:
+        """What DeepSpeed leaves out of a universal checkpoint, or gets wrong, put right."""
+        # Under ZeRO-3 every group gets the first one's options; ours differ in weight decay.
+        groups = self._engine.optimizer.param_groups
+        for group, decay in zip(groups, decays, strict=True):
+            if decay is not None:
+                group["weight_decay"] = decay
+        # Under ZeRO-3 all subgroups share one counter of steps, which each of them would then advance.
+        is_fused = any(group.get("fused") for group in groups)
+        for parameter, state in self._engine.basic_optimizer.state.items():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(parameter.device if is_fused else "cpu", copy=True)
+        # Frozen parameters and buffers are not among what the optimizer holds.
+        files = sorted(folder.glob("*_model_states.pt"))
+        saved = torch.load(files[0], map_location="cpu", weights_only=False)
+        with torch.no_grad():
+            for name, buffer in self._module.named_buffers():
+                if name in saved["module"]:
+                    buffer.copy_(saved["module"][name])
+        # Those of a student with adapters are not in the checkpoint: they are what its base was loaded with.
+        named = () if self._skips_frozen else self._module.named_parameters()
+        frozen = {name: p for name, p in named if not p.requires_grad}
+        if frozen and self.zero_stage == 3:
+            shards = [torch.load(file, map_location="cpu", weights_only=False, mmap=True) for file in files]
+        for name, parameter in frozen.items():
+            with whole_parameters([parameter], modify=True), torch.no_grad():
+                if self.zero_stage == 3:
+                    pieces = [shard["frozen_param_fragments"][name].flatten() for shard in shards]
+                    value = torch.cat(pieces)[: parameter.numel()].view(parameter.shape)
+                else:
+                    value = saved["module"][name]
+                parameter.copy_(value)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixkd_fast import distributed
 from mixkd_fast.data.batching import Batch, EvaluationBatches, Padding
 from mixkd_fast.data.tokenization import TokenRows
-from mixkd_fast.metrics import evaluate_predictions
+from mixkd_fast.metrics import evaluate_language, evaluate_predictions
 
 Logits = NDArray[np.floating[Any]]
 
@@ -36,6 +36,8 @@ class EvaluationPlan:
     padding: Padding
     device: torch.device
     metric_names: list[str]
+    language: bool = False
+    """Whether logits are the answers of a causal language model, [N, 3]: see `CausalLM.answers`."""
 
 
 def predict(rows: TokenRows, plan: EvaluationPlan, forward: Callable[[Batch], Tensor]) -> tuple[Logits, float]:
@@ -71,5 +73,7 @@ def evaluate(
 def score(
     rows: TokenRows, plan: EvaluationPlan, logits: Logits, teacher_logits: Logits | None = None
 ) -> dict[str, float]:
-    """Figures of logits that are already there; see `evaluate_predictions`."""
+    """Figures of logits that are already there; see `evaluate_predictions` and `evaluate_language`."""
+    if plan.language:
+        return evaluate_language(logits, plan.metric_names)
     return evaluate_predictions(logits, np.asarray(rows.labels), plan.metric_names, teacher_logits)

@@ -4,12 +4,11 @@ import torch
 
 from mixkd_fast.ops import backends
 
-_OPS = ("kd_loss", "mix_embeddings")
 
-
-def used_backends(device: torch.device) -> dict[str, dict[str, str]]:
-    """Op -> the implementation it uses on this device, and why."""
-    chosen = {op: backends.select(op, device) for op in _OPS}
+def used_backends(device: torch.device, language: bool = False) -> dict[str, dict[str, str]]:
+    """Op -> the implementation it uses on this device, and why. Args: language = for causal language models."""
+    ops = ("linear_kd_loss" if language else "kd_loss", "mix_embeddings")
+    chosen = {op: backends.select(op, device) for op in ops}
     return {op: {"name": selection.name, "reason": selection.reason} for op, selection in chosen.items()}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from mixkd_fast import distributed
+from mixkd_fast.causal_lm import CausalLM, Head
 from mixkd_fast.configuration import Config
 from mixkd_fast.console import Progress
 from mixkd_fast.data.batching import Batch, EvaluationBatches
@@ -21,8 +22,11 @@ from mixkd_fast.data.tokenization import TokenRows, default_cache_dir
 from mixkd_fast.errors import MixKDError, ModelError
 from mixkd_fast.evaluation import EvaluationPlan
 from mixkd_fast.fused_encoder import Logits
+from mixkd_fast.language_task import Sampling
 from mixkd_fast.mixing import Mixing
 from mixkd_fast.models import Encoder
+from mixkd_fast.offline.reading import OfflineStore
+from mixkd_fast.ops import TopK
 from mixkd_fast.teacher import ShardedTeacher
 from mixkd_fast.teacher_store import TeacherStore
 
@@ -30,21 +34,83 @@ _FORMAT = 1  # of what is kept; to be raised when the same weights come to mean 
 
 
 class FrozenTeacher:
-    """An `Encoder` or `ShardedTeacher` that is only asked."""
+    """An `Encoder`, `CausalLM` or `ShardedTeacher` that is only asked."""
 
     def __init__(
-        self, teacher: Encoder | ShardedTeacher, digest: Callable[[], str], stream: torch.cuda.Stream | None = None
+        self,
+        teacher: Encoder | CausalLM | ShardedTeacher | None,
+        digest: Callable[[], str],
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """Args: digest = gives the hash of the weights, if it comes to that; stream = where its forward runs."""
-        self._teacher, self._digest, self._stream = teacher, digest, stream
+        """Args: teacher = None for one that only an offline store knows (see `use_offline`); digest = gives the hash of
+        the weights, if it comes to that; stream = where its forward runs.
+        """
+        self._live = teacher
+        self._offline: OfflineStore | None = None
+        self._offline_head: Head | None = None
+        self._digest, self._stream = digest, stream
         self._store: TeacherStore | None = None
         self.kept: dict[str, float] | None = None
         """How many rows' logits are kept, how many of them this run computed, and in how many seconds."""
 
     @property
+    def _teacher(self) -> Any:
+        """Anything with a model's face: which of them it is decides which questions make sense."""
+        if self._live is None:
+            raise ModelError(
+                "teacher.model is missing: teacher.offline answers for the clean training rows alone, and what it has "
+                "kept of them; add teacher.model"
+            )
+        return self._live
+
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a model that can be asked, and not an offline store alone."""
+        return self._live is not None
+
+    def use_offline(self, store: OfflineStore, device: torch.device) -> None:
+        """From now on `attach` puts a store's answers into training batches, and `distribution` gives those."""
+        self._offline = store
+        self._offline_head = store.head(device) if store.origin.kind == "hidden" else None
+
+    @property
+    def offline(self) -> OfflineStore | None:
+        """The store that answers for training rows."""
+        return self._offline
+
+    def distribution(self, batch: Batch, mixing: Mixing | None, temperature: float) -> Tensor | TopK:
+        """What a loss over tokens compares with: hidden states for the head of `head_of`, or a `TopK`.
+
+        Of batches that came with an offline store's answers those, else what the model computes.
+        """
+        if mixing is None and batch.teacher_hidden is not None:
+            return batch.teacher_hidden
+        if mixing is None and batch.teacher_indices is not None:
+            assert batch.teacher_logprobs is not None and self._offline is not None
+            kept = self._offline.origin.temperature
+            if kept != temperature:
+                raise ModelError(
+                    f"teacher.offline holds log-probabilities at temperature {kept}, and {temperature} is asked for"
+                )
+            return TopK(batch.teacher_indices, batch.teacher_logprobs)
+        return self.hidden(batch, mixing)
+
+    @contextmanager
+    def head_of(self, answers: Tensor | TopK, batch: Batch) -> Iterator[Head | None]:
+        """The head that belongs to what `distribution` gave, whole; None for a `TopK`. Collective if partitioned."""
+        if isinstance(answers, TopK):
+            yield None
+        elif answers is batch.teacher_hidden:
+            yield self._offline_head
+        else:
+            with self.gathered_head():
+                yield self.head()
+
+    @property
     def model(self) -> nn.Module:
         """The transformers model."""
-        return self._teacher.model
+        model: nn.Module = self._teacher.model
+        return model
 
     def clean(self, batch: Batch, **options: Any) -> Any:
         """The plain forward of the batch's clean rows, or the logits that came with it; see `Encoder.clean`."""
@@ -87,6 +153,53 @@ class FrozenTeacher:
         finally:
             model.eval()
 
+    def hidden(self, batch: Batch, mixing: Mixing | None = None) -> Tensor:
+        """A language model's last hidden states [B, L, H], or [M, L, H] of mixed rows; see `CausalLM.hidden`."""
+        with self._alone(batch):
+            hidden: Tensor = self._teacher.hidden(batch, mixing)
+            return hidden
+
+    def head(self) -> Head:
+        """A language model's output layer; of a partitioned one inside `gathered_head` only."""
+        head: Head = self._teacher.head()
+        return head
+
+    @contextmanager
+    def gathered_head(self) -> Iterator[None]:
+        """Here `head` is whole on every rank. Collective if the teacher is partitioned."""
+        with self._teacher.gathered_head():
+            yield
+
+    def answers(self, batch: Batch) -> Tensor:
+        """A language model's figures per row [B, 3]; see `CausalLM.answers`."""
+        with self._alone(batch):
+            answers: Tensor = self._teacher.answers(batch)
+            return answers
+
+    def generate(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        options: Sampling,
+        seed: int,
+        eos_ids: Tensor,
+        pad_id: int,
+        num_tokens: int | None = None,
+    ) -> Tensor:
+        """A language model's continuations [R, T]; see `CausalLM.generate`. Collective if partitioned."""
+        with torch.no_grad(), torch.autocast(prompt_ids.device.type, enabled=False):
+            generated: Tensor = self._teacher.generate(
+                prompt_ids, prompt_mask, options, seed, eos_ids, pad_id, num_tokens
+            )
+            return generated
+
+    def next_logits(self, new_ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """A language model's logits of the next token, and its cache; see `CausalLM.next_logits`. Collective if
+        partitioned."""
+        with torch.no_grad(), torch.autocast(new_ids.device.type, enabled=False):
+            logits, cache = self._teacher.next_logits(new_ids, mask, cache)
+            return logits, cache
+
     @property
     def num_dropouts(self) -> int:
         """Layers whose dropout is not 0, also where it is a number beside the module that attends."""
@@ -112,15 +225,21 @@ class FrozenTeacher:
     def _whole(self) -> Encoder:
         if isinstance(self._teacher, ShardedTeacher):
             raise ModelError("teacher.zero_stage = 3: gradients do not pass through a partitioned teacher; allowed: 0")
+        assert isinstance(self._teacher, Encoder)
         return self._teacher
 
     def attach(self, batch: Batch) -> None:
-        """Put the kept logits of a training batch's clean rows beside them, on the CPU, if they are kept."""
+        """Put the kept logits of a training batch's clean rows beside them, on the CPU, if they are kept.
+
+        Likewise what an offline store has. Raises: DataError if that is damaged.
+        """
+        if self._offline is not None:
+            self._offline.attach(batch)
         if self._store is not None:
             logits = self._store.read(batch.row_ids[: batch.num_rows].numpy())
             if logits is not None:
                 batch.teacher_logits = torch.from_numpy(logits)
-            elif isinstance(self._teacher, ShardedTeacher):
+            elif isinstance(self._live, ShardedTeacher):
                 # The other ranks would not take part in its forward.
                 raise MixKDError("teacher.store: kept logits have become unreadable; run again with --resume")
 
@@ -194,7 +313,7 @@ class FrozenTeacher:
     def _run(self, name: str, batch: Batch, *arguments: Any, **options: Any) -> Any:
         forward = getattr(self._teacher, name)
         with self._alone(batch):
-            if options or isinstance(self._teacher, ShardedTeacher):
+            if options or isinstance(self._live, ShardedTeacher):
                 return forward(batch, *arguments, **options)
             if self._stream is None:
                 return _logits_of(forward, batch, arguments)

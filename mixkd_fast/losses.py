@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from mixkd_fast.linear_losses import LinearKDLoss, LinearKDLossParts, linear_kd_loss, vocabulary_slice
 from mixkd_fast.ops import DivergenceName, LossInputs, Reduction, RowOptions, TopK, checks, relation_checks
 
 
@@ -146,7 +147,9 @@ def kd_loss(
             accumulated, cross-rank batch, as a number or a tensor of one element. A divisor of 0 counts as 1.
         return_parts: return `KDLossParts` instead of the loss.
         detach_mixture: skew_reverse_kl only: no gradient through the q inside the mixture (DistiLLM-2).
-        inplace: lets the gradient reuse the buffer of student_logits; no backend of this version does.
+        inplace: lets the gradient overwrite student_logits, which nobody may read any more: half the memory. Done by
+            the kernels for contiguous logits that are no leaf (of a `TopK`: on the CPU only); else, and under
+            torch.compile, the gradient has memory of its own.
         backend: "auto" or a name of `mixkd_fast.ops.backends`.
 
     Returns: a scalar, or [...] for "none"; fp32 (fp64 for fp64 input). All rows dropped: 0 with gradient 0.
@@ -318,4 +321,14 @@ def relation_kl(
     return loss
 
 
-__all__ = ["KDLoss", "KDLossParts", "TopK", "kd_loss", "relation_kl"]
+__all__ = [
+    "KDLoss",
+    "KDLossParts",
+    "LinearKDLoss",
+    "LinearKDLossParts",
+    "TopK",
+    "kd_loss",
+    "linear_kd_loss",
+    "relation_kl",
+    "vocabulary_slice",
+]

@@ -3,6 +3,7 @@
 Legend of shape suffixes: N rows, C classes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,3 +79,24 @@ def _regression_metric(name: str, predictions: Floats, labels: NDArray[np.generi
         return 0.0  # a correlation with a constant is undefined; no skill counts as 0
     correlation = pearsonr if name == "pearson" else spearmanr
     return float(correlation(predictions, labels).statistic)
+
+
+def evaluate_language(answers_N3: NDArray[np.floating[Any]], names: list[str]) -> dict[str, float]:
+    """Figures of a causal language model, the named ones first: perplexity, nll (nats per token), token_accuracy.
+
+    Means over all targets, each token counting alike: perplexity = exp(sum of nll / number of targets).
+    Args: answers_N3 as of `CausalLM.answers`.
+    """
+    nll, correct, targets = answers_N3.astype(np.float64).sum(axis=0)
+    mean = nll / max(targets, 1.0)
+    values = {"perplexity": float(np.exp(mean)), "nll": float(mean), "token_accuracy": float(correct / max(targets, 1))}
+    return {name: values[name] for name in dict.fromkeys([*names, *values]) if name in values}
+
+
+def rouge_l(references: Sequence[str], answers: Sequence[str]) -> float:
+    """Mean F-measure of ROUGE-L (longest common subsequence of stemmed words), by the rouge-score library."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = zip(references, answers, strict=True)
+    return float(np.mean([scorer.score(reference, answer)["rougeL"].fmeasure for reference, answer in pairs]))

@@ -25,6 +25,10 @@ _OBJECTIVES = {
         "L = mean over masked tokens of (1-r) · CE(S(m), w) + r · τ² KL(T(m) ‖ S(m)), r = max(0, 1 - t/T_kd), "
         "+ mle_weight · CE(S(x), y)"
     ),
+    "lm_kd": (
+        "L = (1-w) · CE(S(x), y) + w · τ² D(T(x), S(x)), the mean over tokens, w = kd_weight, "
+        "+ sm_weight · [λ CE(S(x'), y_i) + (1-λ) CE(S(x'), y_j)] + tmkd_weight · τ² D(T(x'), S(x'))"
+    ),
     "kd": "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x))",
     "mixkd": (
         "L = mle_weight · CE(S(x), y) + kd_weight · d(T(x), S(x)) + sm_weight · "
@@ -51,7 +55,7 @@ def write_model_card(student_directory: Path, summary: Mapping[str, Any], config
     lines = [*_front_matter(summary, config), f"# {task} student, {method['name']}", ""]
     made = f"distilled from `{teacher['model']}` by {method['name']}" if teacher else "fine-tuned"
     lines += [
-        f"A sequence-classification model for the task *{task}*, {made} with mixkd_fast {summary['version']}.",
+        f"A {_KINDS[_pipeline(summary)]} for the task *{task}*, {made} with mixkd_fast {summary['version']}.",
         "",
     ]
     lines += ["## Results", "", "| split | metric | student | teacher |", "| --- | --- | ---: | ---: |"]
@@ -61,7 +65,10 @@ def write_model_card(student_directory: Path, summary: Mapping[str, Any], config
     student, data, training = summary["student"], summary["data"], summary["training"]
     lines += ["", "## How it was made", ""]
     if teacher:
-        lines.append(f"- Teacher: `{teacher['model']}`, {_model(teacher)}")
+        known = _model(teacher) if "layers" in teacher else "not loaded"
+        if "offline" in teacher:
+            known += f"; its answers to the training rows from a store of kind {teacher['offline']['kind']}"
+        lines.append(f"- Teacher: `{teacher['model']}`, {known}")
     lines += [
         f"- Student: {_model(student)}",
         f"- Data: {data['train_rows']:,} training rows ({data['extra_rows']:,} of them extra), at most "
@@ -84,7 +91,6 @@ def write_model_card(student_directory: Path, summary: Mapping[str, Any], config
         "```python",
         "from transformers import pipeline",
         "",
-        'classify = pipeline("text-classification", model="PATH_OF_THIS_FOLDER")',
         *_calls(summary, config),
         "```",
         "",
@@ -106,19 +112,33 @@ def write_model_card(student_directory: Path, summary: Mapping[str, Any], config
     return path
 
 
+_KINDS = {"text-classification": "sequence-classification model", "text-generation": "causal language model"}
+
+
+def _pipeline(summary: Mapping[str, Any]) -> str:
+    """The task of a transformers pipeline."""
+    return "text-generation" if summary.get("kind") == "causal_lm" else "text-classification"
+
+
 def _model(model: Mapping[str, Any]) -> str:
     shape = f"{model['layers']} layers of width {model['hidden_size']}"
     return f"{model['model_type']}, {shape}, {model['parameters']:,} parameters"
 
 
 def _calls(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """How the pipeline is called for this task: a text or a pair, a class or a number."""
+    """How the pipeline is made and called for this task: a text or a pair, a class or a number, or a text to go on."""
+    if _pipeline(summary) == "text-generation":
+        return [
+            'write = pipeline("text-generation", model="PATH_OF_THIS_FOLDER")',
+            'print(write("Once upon a time", max_new_tokens=50)[0]["generated_text"])',
+        ]
     task = config["task"]
     known = KNOWN_TASKS.get(task["name"])
     pair = task.get("text_pair_column") or (known.text_pair if known else None)
     regression = any("mse" in values for values in summary["metrics"].values())
     text = '{"text": "First text.", "text_pair": "Second text."}' if pair else '"A text."'
-    return [f"print(classify({text}{', function_to_apply=' + repr('none') if regression else ''}))"]
+    made = 'classify = pipeline("text-classification", model="PATH_OF_THIS_FOLDER")'
+    return [made, f"print(classify({text}{', function_to_apply=' + repr('none') if regression else ''}))"]
 
 
 def _hub_name(config: Mapping[str, Any]) -> str | None:
@@ -134,7 +154,7 @@ def _front_matter(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list
     """YAML with every scalar of the user's in double quotes; figures that are not finite are left out."""
     hub, method = _hub_name(config), config["method"]["name"]
     distilled = ["knowledge-distillation"] if summary.get("teacher") and method != "finetune" else []
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-classification", "tags:"]
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {_pipeline(summary)}", "tags:"]
     lines += [f"- {_quoted(tag)}" for tag in [*distilled, method]]
     if hub:
         lines += ["datasets:", f"- {_quoted(hub)}"]
@@ -147,7 +167,7 @@ def _front_matter(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list
         lines += ["metrics:"] + [f"- {_quoted(key)}" for key in dict.fromkeys(k for v in results.values() for k in v)]
         lines += ["model-index:", f"- name: {_quoted(summary['task'] + '-' + method)}", "  results:"]
     for split, values in results.items():
-        lines += ["  - task:", "      type: text-classification", "    dataset:"]
+        lines += ["  - task:", f"      type: {_pipeline(summary)}", "    dataset:"]
         lines += [f"      name: {_quoted(summary['task'])}", f"      type: {_quoted(hub or summary['task'])}"]
         lines += [f"      split: {_quoted(split)}", "    metrics:"]
         for key, value in values.items():

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from mixkd_fast import distributed
+from mixkd_fast.causal_lm import CausalLM
 from mixkd_fast.configuration import BatchArithmetic, Config, Precision, Teacher, Training
 from mixkd_fast.data.tasks import TaskSpec
 from mixkd_fast.deepspeed_config import autocasts
@@ -56,7 +57,7 @@ def load_teacher(
     precision = "fp32" if section.quantization else section.precision or config.training.precision
     if loaded.teacher is not None:
         check_num_labels(loaded.teacher.config, spec.num_labels, spec.label_names)
-        encoder = Encoder(_in_precision(loaded.teacher, precision).eval().requires_grad_(False))
+        encoder = Encoder(in_precision(loaded.teacher, precision).eval().requires_grad_(False))
         check_vocabulary(encoder.model, tokenizer, "teacher")
         check_max_length(encoder.config, config.task.max_length, "teacher")
         if section.zero_stage == 3:
@@ -78,7 +79,7 @@ def load_teacher(
     return _whole_teacher(config, encoder, device)
 
 
-def _in_precision(model: torch.nn.Module, precision: Precision) -> torch.nn.Module:
+def in_precision(model: torch.nn.Module, precision: Precision) -> torch.nn.Module:
     """The caller's model, or a copy of it in another precision."""
     wanted = DTYPES[precision]
     if all(p.dtype == wanted for p in model.parameters() if p.is_floating_point()):
@@ -123,7 +124,7 @@ def further_student(
     return student
 
 
-def checkpoint_activations(student: Encoder, training: Training) -> None:
+def checkpoint_activations(student: Encoder | CausalLM, training: Training) -> None:
     if training.gradient_checkpointing:
         model: Any = student.model
         model.gradient_checkpointing_enable()
@@ -180,6 +181,8 @@ def load_student(
     deepspeed_config: dict[str, Any],
     device: torch.device,
 ) -> tuple[Encoder, list[str]]:
+    if config.student.lora is not None:
+        raise ConfigurationError('student.lora is for task.kind "causal_lm", and this is a classifier; leave it out')
     if loaded.student is not None:
         if autocasts(config.training, deepspeed_config):
             loaded.student.float()  # autocast trains fp32 weights

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mixkd_fast.causal_lm import CausalLM
 from mixkd_fast.configuration import Precision, Student, Teacher
 from mixkd_fast.encoder import Encoder
 from mixkd_fast.errors import ModelError
@@ -28,7 +29,15 @@ from mixkd_fast.model_checks import (
     vocabulary_size,
     word_embedding_size,
 )
-from mixkd_fast.pretrained import LoadedSource, ModelSource, load_tokenizer, new_config, new_model, seeded
+from mixkd_fast.pretrained import (
+    LoadedSource,
+    ModelSource,
+    Purpose,
+    load_tokenizer,
+    new_config,
+    new_model,
+    seeded,
+)
 from mixkd_fast.student_layers import (
     check_layers_fit,
     chosen_layers,
@@ -59,39 +68,46 @@ __all__ = [
     "word_embedding_size",
 ]
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "causal_lm"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def teacher_source(section: Teacher) -> ModelSource:
-    """Where the configuration says the teacher is."""
-    return _named_source(section.model, section, "teacher.model")
+def teacher_source(section: Teacher, purpose: Purpose = "classification") -> ModelSource:
+    """Where the configuration says the teacher is. Raises: ModelError if it names an offline store alone."""
+    if section.model is None:
+        raise ModelError("teacher.model is missing: the model is needed, and teacher.offline has none")
+    return _named_source(section.model, section, "teacher.model", purpose)
 
 
-def student_source(section: Student, teacher: Teacher | nn.Module | None) -> ModelSource | LoadedSource:
+def student_source(
+    section: Student, teacher: Teacher | nn.Module | None, purpose: Purpose = "classification"
+) -> ModelSource | LoadedSource:
     """Where the student's layers come from: its own model, else its teacher (a section, or already loaded).
 
     Raises: ModelError where there is neither.
     """
     if section.model is not None:
-        return _named_source(section.model, section, "student.model")
+        return _named_source(section.model, section, "student.model", purpose)
     if teacher is None:
         raise ModelError("student.model or student.config is needed: there is no teacher whose layers could be copied")
     remote = section.trust_remote_code
     if isinstance(teacher, nn.Module):
-        model = teacher.model if isinstance(teacher, Encoder) else teacher
-        return LoadedSource(model, attention=section.attention, trust_remote_code=remote, field="teacher")
-    source = _named_source(teacher.model, teacher, "teacher.model")
+        model = teacher.model if isinstance(teacher, Encoder | CausalLM) else teacher
+        return LoadedSource(
+            model, attention=section.attention, trust_remote_code=remote, field="teacher", purpose=purpose
+        )
+    source = teacher_source(teacher, purpose)
     return replace(source, attention=section.attention, trust_remote_code=remote or teacher.trust_remote_code)
 
 
-def _named_source(model: str, section: Teacher | Student, field: str) -> ModelSource:
+def _named_source(model: str, section: Teacher | Student, field: str, purpose: Purpose) -> ModelSource:
     return ModelSource(
         model,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
         attention=section.attention,
         field=field,
+        purpose=purpose,
     )
 
 
@@ -157,6 +173,21 @@ def load_student_encoder(
     return encoder, notes
 
 
+def chosen_state(
+    source: ModelSource | LoadedSource, config: Any, layers: Sequence[int]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The source's tensors with these of its layers, `config` (changed in place) to hold them, and notes."""
+    tensors, available = source.stored_tensors(), num_layers(config)
+    notes: list[str] = []
+    if list(layers) != list(range(available)):
+        original = source.skeleton()
+        select_in_config(config, layers)
+        check_layers_fit(original, source.structure(config), layers)
+        tensors = pick_layers(tensors, original, layers)
+        notes.append(f"the student's layers are {list(layers)} of the {available} of {source.what}")
+    return {name: read() for name, read in tensors}, notes
+
+
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """What reports say about a transformers model: its family, number of layers and width."""
     config: Any = model.config
@@ -176,16 +207,8 @@ def _copied_student(
     permuted = label_names is not None and labels_permuted(config, label_names)
     layers = chosen_layers(available, section.num_layers, section.layers)
     _set_task(config, num_labels, kind, label_names)
-    _set_dropout(config, section.dropout)
-    notes: list[str] = []
-    tensors = source.stored_tensors()
-    if layers != list(range(available)):
-        original = source.skeleton()
-        select_in_config(config, layers)
-        check_layers_fit(original, source.structure(config), layers)
-        tensors = pick_layers(tensors, original, layers)
-        notes.append(f"the student's layers are {layers} of the {available} of {source.what}")
-    state: dict[str, Tensor] = {name: read() for name, read in tensors}
+    set_dropout(config, section.dropout)
+    state, notes = chosen_state(source, config, layers)
     if permuted:
         for name in _label_tensors(source.structure(config)):
             state.pop(name, None)
@@ -210,24 +233,32 @@ def _random_student(
     label_names: Sequence[str] | None,
     seed: int,
 ) -> tuple[nn.Module, list[str]]:
+    config, notes = described_config(section, tokenizer)
+    _set_task(config, num_labels, kind, label_names)
+    with seeded(seed):
+        model = new_model(config, section.attention, section.trust_remote_code)
+    return model.float().eval(), notes
+
+
+def described_config(section: Student, tokenizer: Any) -> tuple[Any, list[str]]:
+    """The transformers configuration that `student.config` describes, and notes on it."""
     given = dict(section.config or {})
     model_type = given.pop("model_type")
     standard = new_config(model_type, {})
     # A family's own ids of special tokens may lie outside this vocabulary.
     ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id", None) for token in _SPECIAL_TOKENS}
     ids = {name: value for name, value in ids.items() if hasattr(standard, name)}
+    if ids.get("pad_token_id") is not None and ids["pad_token_id"] == ids.get("eos_token_id"):
+        ids["pad_token_id"] = None  # else the word embedding of the end of a text would be a padding row: always 0
     config = new_config(model_type, {"vocab_size": vocabulary_size(tokenizer), **ids, **given})
-    _set_task(config, num_labels, kind, label_names)
-    _set_dropout(config, section.dropout)
+    set_dropout(config, section.dropout)
     notes = ["the student's weights are random (student.config)"]
     known = {*standard.to_dict(), *type(config).attribute_map}
     for name in sorted(set(given) - known):
         close = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         notes.append(f"student.config: {name!r} is not a standard field of {model_type}{hint}")
-    with seeded(seed):
-        model = new_model(config, section.attention, section.trust_remote_code)
-    return model.float().eval(), notes
+    return config, notes
 
 
 _SPECIAL_TOKENS = ("pad", "bos", "eos", "cls", "sep", "mask")
@@ -262,7 +293,7 @@ def _set_task(config: Any, num_labels: int, kind: Kind, label_names: Sequence[st
     config.problem_type = "regression" if kind == "regression" else "single_label_classification"
 
 
-def _set_dropout(config: Any, dropout: float | None) -> None:
+def set_dropout(config: Any, dropout: float | None) -> None:
     """Replace every dropout probability, under whichever name the family keeps it."""
     if dropout is None:
         return

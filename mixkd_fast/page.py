@@ -35,6 +35,9 @@ figure { margin: 0; background: var(--card); border-radius: 8px; padding: .5rem;
 figure svg { width: 100%; height: auto; display: block; } figcaption { color: var(--soft); font-size: .9rem; }
 details { margin-top: 2rem; } summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; }
 pre { background: var(--card); padding: 1rem; border-radius: 8px; overflow-x: auto; font-size: .85rem; }
+.sample { border-top: 1px solid var(--line); padding-top: .5rem; } .sample dt { color: var(--soft); font-size: .9rem; }
+.sample dd { margin: 0; }
+.sample pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; padding: .6rem; }
 """
 
 Points = tuple[Sequence[float], Sequence[float | None]]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -33,6 +34,8 @@ from mixkd_fast.student_layers import ReadTensor
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FOLDER = "config.json, model.safetensors, tokenizer.json and tokenizer_config.json"
 _REASON_LENGTH = 300
+Purpose = Literal["classification", "causal_lm"]
+"""What a model's head is for."""
 _THEIRS = (SafetensorError, StrictDataclassError)
 
 
@@ -45,6 +48,7 @@ class _Source:
     trust_remote_code: bool = False
     field: str = "model"
     """The configuration field that names the source, for messages."""
+    purpose: Purpose = "classification"
 
     @property
     def what(self) -> str:
@@ -54,7 +58,7 @@ class _Source:
     def structure(self, config: Any) -> nn.Module:
         """The model of a configuration without memory (parameters on the meta device)."""
         with _explained(self.what), torch.device("meta"):
-            return new_model(config, self.attention, self.trust_remote_code)
+            return new_model(config, self.attention, self.trust_remote_code, self.purpose)
 
     def build(
         self, config: Any, state: Mapping[str, Tensor], dtype: torch.dtype, seed: int = 0
@@ -128,7 +132,10 @@ class ModelSource(_Source):
     def build_empty(self) -> nn.Module:
         """The stored model with parameters of arbitrary values, to be filled from `tensors`; its buffers are ready."""
         with _explained(self.what), no_init_weights():
-            return new_model(self.config, self.attention, self.trust_remote_code)
+            model: Any = new_model(self.config, self.attention, self.trust_remote_code, self.purpose)
+        model.tie_weights()  # left out with the initial values
+        built: nn.Module = model
+        return built
 
     def stored_tensors(self) -> Iterator[tuple[str, ReadTensor]]:
         """(name in the file, function that reads the tensor) of every stored tensor.
@@ -205,9 +212,16 @@ def _read_tensor(path: Path, key: str) -> Tensor:
 
 
 def load_tokenizer(
-    name: str, revision: str | None = None, trust_remote_code: bool = False, field: str = "student.tokenizer"
+    name: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    field: str = "student.tokenizer",
+    purpose: Purpose = "classification",
 ) -> Any:
-    """The tokenizer of a hub name or local folder. Raises ModelError if there is none, or it cannot pad."""
+    """The tokenizer of a hub name or local folder; a language model's pads with eos_token if it has no other.
+
+    Raises: ModelError if there is none, or it cannot pad.
+    """
     what = f"{field} = {name!r}"
     with _explained(what, name):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -215,8 +229,19 @@ def load_tokenizer(
         )
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ModelError(f"{what} has no tokenizer; the folder should hold {_FOLDER}")
+    if purpose == "causal_lm":
+        tokenizer = with_padding(tokenizer)
     if tokenizer.pad_token_id is None:
         raise ModelError(f"{what}: the tokenizer has no padding token, which batches need")
+    return tokenizer
+
+
+def with_padding(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy whose pad token is its end-of-text token where it has none (GPT-2, Llama)."""
+    if tokenizer.pad_token_id is not None or tokenizer.eos_token_id is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -241,23 +266,27 @@ def load_masked_lm(name: str, field: str, trust_remote_code: bool = False) -> nn
     return loaded
 
 
-def new_config(model_type: str, fields: Mapping[str, Any]) -> Any:
-    """A transformers configuration of a family, with these fields. Raises ModelError if transformers refuses them."""
+def new_config(model_type: str, fields: Mapping[str, Any], where: str = "student.config") -> Any:
+    """A transformers configuration of a family, with these fields. Raises ModelError if transformers refuses them.
+
+    Args: where = the field that describes it, for the message.
+    """
     if model_type not in CONFIG_MAPPING:
         close = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ModelError(f"student.config: model_type {model_type!r} is not a family of transformers{hint}")
-    with _explained("student.config"):
+        raise ModelError(f"{where}: model_type {model_type!r} is not a family of transformers{hint}")
+    with _explained(where):
         return AutoConfig.for_model(model_type, **fields)
 
 
-def new_model(config: Any, attention: str | None = None, trust_remote_code: bool = False) -> nn.Module:
-    """A sequence-classification model with fresh weights of the global generator."""
+def new_model(
+    config: Any, attention: str | None = None, trust_remote_code: bool = False, purpose: Purpose = "classification"
+) -> nn.Module:
+    """A sequence-classification or causal language model with fresh weights of the global generator."""
     options = {} if attention is None else {"attn_implementation": attention}
+    family = AutoModelForCausalLM if purpose == "causal_lm" else AutoModelForSequenceClassification
     with _explained(f"a model of type {config.model_type!r}"):
-        model: nn.Module = AutoModelForSequenceClassification.from_config(
-            copy.deepcopy(config), trust_remote_code=trust_remote_code, **options
-        )
+        model: nn.Module = family.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, **options)
     return model
 
 

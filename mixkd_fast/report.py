@@ -29,7 +29,8 @@ def write_report(run_directory: Path) -> Path:
     records, num_broken = read_records(run_directory / "metrics.jsonl")
     task = summary["task"] if summary else config["task"]["name"]
     method = config["method"]["name"]
-    teacher = config["teacher"]["model"] if config.get("teacher") else None
+    section = config.get("teacher") or {}
+    teacher = section.get("model") or section.get("offline")
     lead = f"{method} on {task}" + (f", teacher {teacher}" if teacher else "")
     body = []
     if summary is None:
@@ -40,6 +41,7 @@ def write_report(run_directory: Path) -> Path:
     yardstick = (summary.get("teacher") or {}).get("metrics", {}) if summary else {}
     body += ["<h2>Course</h2>", f'<div class="plots">{"".join(_plots(records, yardstick))}</div>']
     if summary is not None:
+        body += _samples(summary)
         body += _facts(summary)
     shown = escape(json.dumps(config, indent=2, ensure_ascii=False))
     body.append(f"<details><summary>Configuration</summary><pre>{shown}</pre></details>")
@@ -118,6 +120,17 @@ def _plots(records: Sequence[Record], teacher: Mapping[str, Mapping[str, float]]
             line_plot(caption, curves_of(records, "train", {field: field}), from_zero=True, smooth=field not in _EXACT)
         )
     return [plot for plot in plots if plot]
+
+
+def _samples(summary: Record) -> list[str]:
+    """What student and teacher answered to the first instructions of every split."""
+    lines = []
+    for split, rows in summary.get("samples", {}).items():
+        lines.append(f"<h2>Samples: {escape(split)}</h2>")
+        for row in rows:
+            texts = "".join(f"<dt>{escape(name)}</dt><dd><pre>{escape(text)}</pre></dd>" for name, text in row.items())
+            lines.append(f'<dl class="sample">{texts}</dl>')
+    return lines
 
 
 def _facts(summary: Record) -> list[str]:

@@ -18,15 +18,27 @@ from mixkd_fast.configuration import Config, batch_arithmetic
 from mixkd_fast.console import Progress
 from mixkd_fast.data.batching import Batch, micro_batches
 from mixkd_fast.data.prefetch import Prefetcher, pin_batch
+from mixkd_fast.data.streaming import StreamedRows, share_means
 from mixkd_fast.engine import Engine
 from mixkd_fast.errors import Interrupted
 from mixkd_fast.evaluation import Evaluation, EvaluationPlan, Logits, evaluate, predict, score
+from mixkd_fast.generation import Answers
 from mixkd_fast.interrupt import StopRequest
+from mixkd_fast.language_task import LOWER_IS_BETTER
 from mixkd_fast.methods import Moment
 from mixkd_fast.preparation import Prepared
 from mixkd_fast.run_folder import MetricsLog, RunFolder
 from mixkd_fast.saving import save_model
-from mixkd_fast.schedule import is_checkpoint_step, is_evaluation_step, learning_rate, stream_of, total_steps
+from mixkd_fast.schedule import (
+    DrawnStream,
+    Stream,
+    check_micro_batches,
+    is_checkpoint_step,
+    is_evaluation_step,
+    learning_rate,
+    stream_of,
+    total_steps,
+)
 
 _STEPS_BETWEEN_SIGNALS = 10
 """With several ranks and late reports: how often they ask each other whether one was told to stop."""
@@ -37,6 +49,10 @@ class RunState:
     """What a checkpoint remembers beside weights and optimizer; everything else is a function of the step."""
 
     step: int = 0
+    ranks: int = 0
+    """Number of ranks that wrote it; 0 if it is not known."""
+    micro_batches: int = 0
+    """Of one step, over all ranks; 0 if it is not known."""
     metrics_bytes: int = 0
     best: dict[str, Any] | None = None
     evaluations_without_gain: int = 0
@@ -45,6 +61,7 @@ class RunState:
     tokens: int = 0
     training_seconds: float = 0.0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)
     evaluation_rows_per_s: float | None = None
     stopped_early: bool = False
     finished: bool = False
@@ -58,13 +75,25 @@ class Run:
         training = config.training
         self.ranks = distributed.world_size()
         self.arithmetic = batch_arithmetic(training, self.ranks)
-        mixing = config.method.mixing()
-        self.stream = stream_of(training, parts.train.lengths, self.arithmetic, mixing, parts.padding.multiple)
+        self._drawn: DrawnStream | None = None
+        if isinstance(parts.train, StreamedRows):
+            self.stream: Stream = parts.train
+        else:
+            lengths, multiple = parts.train.lengths, parts.padding.multiple
+            self._drawn = stream_of(training, lengths, self.arithmetic, config.method.mixing(), multiple)
+            self.stream = self._drawn
         self.steps = total_steps(training, self.stream)
         self.plan = EvaluationPlan(
-            training.evaluation_batch_size, parts.padding, engine.device, list(parts.spec.metrics)
+            training.evaluation_batch_size,
+            parts.padding,
+            engine.device,
+            list(parts.spec.metrics),
+            parts.spec.kind == "causal_lm",
         )
-        self.state = RunState()
+        self.answers = Answers.of_splits(
+            config.task.generation, training.seed, parts.evaluation, parts.references, self.plan, parts.tokenizer
+        )
+        self.state = RunState(ranks=self.ranks, micro_batches=self.arithmetic.accumulation * self.ranks)
         self.teacher_logits: dict[str, Logits] = {}
         self.teacher_metrics: dict[str, dict[str, float]] = {}
         self.teacher_rows_per_s: float | None = None
@@ -79,9 +108,13 @@ class Run:
         if checkpoint is None:
             distributed.say(f"No checkpoint in {self.folder.store.directory}: starting from the beginning")
             return
-        self.engine.load(checkpoint.path / "state")
-        self.state = RunState(**checkpoint.state)
-        distributed.say(f"Resuming from {checkpoint.path} after step {self.state.step} of {self.steps}")
+        state = RunState(**checkpoint.state)
+        check_micro_batches(self.config, state.micro_batches, self.arithmetic)
+        self.engine.load(checkpoint.path)
+        self.state = state
+        before = f", written by {state.ranks} ranks" if state.ranks not in (0, self.ranks) else ""
+        distributed.say(f"Resuming from {checkpoint.path} after step {state.step} of {self.steps}{before}")
+        state.ranks, state.micro_batches = self.ranks, self.arithmetic.accumulation * self.ranks
 
     def train(self, progress: bool) -> None:
         """Train to the last step (or an early stop).
@@ -105,8 +138,12 @@ class Run:
     def _batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, on the CPU."""
         micro_batch_size, padding = self.arithmetic.micro_batch_size, self.parts.padding
-        draw = self.stream.draw(step)
-        batches = micro_batches(self.parts.train, draw, distributed.rank(), self.ranks, micro_batch_size, padding)
+        rows, rank = self.parts.train, distributed.rank()
+        if isinstance(rows, StreamedRows):
+            batches = rows.batches(step, rank, self.ranks, padding)
+        else:
+            assert self._drawn is not None
+            batches = micro_batches(rows, self._drawn.draw(step), rank, self.ranks, micro_batch_size, padding)
         teacher = self.parts.teacher
         if teacher is not None:
             for batch in batches:
@@ -120,7 +157,10 @@ class Run:
         moment = Moment(step, self.steps, self.stream.epoch(step))
         rate = learning_rate(training, step, self.steps)
         seed_step(training.seed, step, distributed.rank())
+        if isinstance(self.parts.train, StreamedRows):
+            share_means(batches)
         batches = [batch.to(self.engine.device, non_blocking=True) for batch in batches]
+        batches = self.engine.prepare(batches, moment, rows)
         self.engine.step(batches, moment, rate, rows)
         state.step += 1
         self._samples += rows
@@ -210,15 +250,18 @@ class Run:
 
     def _judge_teacher(self) -> None:
         """The teacher's own figures and logits on every evaluation split, once: the yardstick of the student."""
-        if self.parts.teacher is None or not self.config.method.trains_classifier:
+        teacher = self.parts.teacher
+        if teacher is None or not teacher.has_model or not self.config.method.trains_classifier:
             return
-        teacher, rows, seconds = self.parts.teacher, 0, 0.0
+        rows, seconds = 0, 0.0
         for split, tokens in self.parts.evaluation.items():
             # Passes with dropout draw the same in a resumed run.
             seed_step(self.config.training.seed, 0, distributed.rank())
             logits, took = predict(tokens, self.plan, lambda batch: self.engine.teacher_logits(batch, teacher))
             self.teacher_logits[split] = logits
             self.teacher_metrics[split] = score(tokens, self.plan, logits)
+            if split in self.answers:
+                self.answers[split].judge_teacher(teacher.generate, self.teacher_metrics[split])
             rows, seconds = rows + len(tokens), seconds + took
             shown = "  ".join(f"{name} {value:.4f}" for name, value in self.teacher_metrics[split].items())
             distributed.say(f"teacher on {split}: {shown}")
@@ -230,14 +273,19 @@ class Run:
         if parts.teacher is None or config.teacher is None or not config.method.needs_clean_teacher:
             return
         # A few rows beyond one epoch are not worth a pass of their own.
-        if config.teacher.store and self.stream.epoch(self.steps) > 1.05:
+        if isinstance(parts.train, StreamedRows):
+            distributed.say("The teacher's logits are not kept: rows are streamed, so it runs in every step")
+        elif config.teacher.store and self.stream.epoch(self.steps) > 1.05:
             parts.teacher.keep_logits(config, parts.train, self.plan, parts.spec.num_labels, progress)
 
     def _evaluate(self, log: MetricsLog, bar: Progress) -> None:
         state = self.state
         results: list[Evaluation] = []
+        texts: dict[str, list[str]] = {}
         for split, tokens in self.parts.evaluation.items():
             result = evaluate(split, tokens, self.plan, self.engine.logits, self.teacher_logits.get(split))
+            if split in self.answers:
+                texts[split] = self.answers[split].judge(self.engine.generate, result.metrics)
             results.append(result)
             log.write(
                 {
@@ -252,12 +300,15 @@ class Run:
             bar.evaluated(state.step, split, result.metrics)
             self._tell_monitor(f"evaluation/{split}", result.metrics, state.step)
         metrics: dict[str, dict[str, float]] = distributed.broadcast_object({r.split: r.metrics for r in results})
-        state.metrics = metrics
+        state.metrics, state.texts = metrics, texts
+        self.engine.after_evaluation(metrics)
         state.evaluation_rows_per_s = sum(len(r.logits) for r in results) / sum(r.seconds for r in results)
         split, name = results[0].split, self.plan.metric_names[0]
         value = metrics[split][name]
-        if state.best is None or value > state.best["value"]:
+        sign = -1 if name in LOWER_IS_BETTER else 1
+        if state.best is None or sign * value > sign * state.best["value"]:
             state.best = {"step": state.step, "split": split, "metric": name, "value": value, "metrics": metrics}
+            state.best["texts"] = texts
             state.evaluations_without_gain = 0
             if self.keeps_best:
                 self.save_student(self.best_folder(state.step))
@@ -302,12 +353,14 @@ class Run:
 
     def save_student(self, path: Path, number: int = 0) -> None:
         """Save a student as transformers does, with its tokenizer, aside and renamed. Collective."""
-        weights = self.engine.student_state(number)
+        lora = self.config.student.lora
+        merge = lora is not None and lora.merge
+        weights = self.engine.student_state(number, trained_only=lora is not None and not merge)
 
         def write() -> None:
             assert weights is not None
             model, tokenizer = self.engine.student_model(number), self.parts.tokenizer
-            replace_folder(path, lambda aside: save_model(model, weights, tokenizer, aside))
+            replace_folder(path, lambda aside: save_model(model, weights, tokenizer, aside, merge))
 
         write_on_rank_zero(path, write)
 

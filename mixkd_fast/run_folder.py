@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import secrets
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,14 @@ _FREE_ON_RESUME = {
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.log_every",
+    # How a step's rows are dealt out, not which they are; `Run` refuses what would change them.
+    "training.micro_batch_size",
+    "training.rank_timeout_s",
     "task.cache_dir",
 }
+
+_SHARING_PATIENCE_S = 20.0
+"""A network file system may show a new file a little later."""
 
 
 class RunFolder:
@@ -47,6 +56,28 @@ class RunFolder:
                 f"output.directory = {config.output.directory!r}: cannot be written ({message}); "
                 "choose a folder you own"
             ) from error
+        self._require_shared()
+
+    def _require_shared(self) -> None:
+        """Every rank must see what rank 0 writes: a checkpoint consists of files of all of them."""
+        if distributed.world_size() == 1:
+            return
+        name = f".seen-by-all-{secrets.token_hex(8)}"
+        if distributed.rank() == 0:
+            (self.path / name).touch()
+        name = distributed.broadcast_object(name)
+        deadline = time.monotonic() + _SHARING_PATIENCE_S
+        while not (seen := (self.path / name).exists()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        here = f"rank {distributed.rank()} on {socket.gethostname()}"
+        blind = [text for text in distributed.gather_objects(None if seen else here) if text is not None]
+        if distributed.rank() == 0:
+            (self.path / name).unlink(missing_ok=True)
+        if blind:
+            raise ConfigurationError(
+                f"output.directory = {str(self.path)!r}: {', '.join(blind)} cannot see what rank 0 writes there; give "
+                "a folder of a file system that all machines share, by the same path"
+            )
 
     def _open(self, config: Config, resume: bool) -> None:
         used = (self.path / "config.json").exists() or self.store.directory.exists()

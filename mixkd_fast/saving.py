@@ -7,24 +7,37 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 
-def save_model(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
-    """Save a transformers model with the given weights (safetensors), its configuration and its tokenizer."""
+def save_model(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Path, merge: bool = False) -> None:
+    """Save a transformers model with the given weights (safetensors), its configuration and its tokenizer.
+
+    A model with adapters becomes an adapter folder as PEFT writes it; with merge one model, of its whole state.
+    """
     try:
         with quiet():
-            model.save_pretrained(folder, state_dict=weights)
+            if merge:
+                from mixkd_fast.adapters import merged
+
+                # Its own state: what is tied must be one again.
+                merged(model, weights).save_pretrained(folder)  # type: ignore[operator]
+            else:
+                model.save_pretrained(folder, state_dict=weights)
     except SafetensorError as error:
         raise OSError(f"safetensors: {error}") from error  # the library's own class for a disk that is full
     tokenizer.save_pretrained(folder)
 
 
-def load_model(folder: Path) -> tuple[nn.Module, Any]:
-    """A saved sequence-classification model in evaluation mode, and its tokenizer."""
+def load_model(folder: Path, causal_lm: bool = False) -> tuple[nn.Module, Any]:
+    """A saved sequence-classification (or causal language) model in evaluation mode, and its tokenizer.
+
+    Of an adapter folder the model that its configuration names, with the adapters in it.
+    """
+    family = AutoModelForCausalLM if causal_lm else AutoModelForSequenceClassification
     with quiet():
-        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
+        model = family.from_pretrained(folder, use_safetensors=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 

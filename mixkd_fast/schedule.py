@@ -6,17 +6,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mixkd_fast.configuration import DEFAULT_EPOCHS, BatchArithmetic, Training
+from mixkd_fast.configuration import DEFAULT_EPOCHS, BatchArithmetic, Config, Training
 from mixkd_fast.data.batching import Draw, GlobalBatches
 from mixkd_fast.data.planned_batches import PlannedBatches
+from mixkd_fast.errors import ConfigurationError
 from mixkd_fast.mixing import Mixing
 
 
 class Stream(Protocol):
-    """Where the steps of a run stand in its rows: `GlobalBatches` or `PlannedBatches`."""
-
-    def draw(self, step: int) -> Draw:
-        """Rows, partners and lam of a step."""
+    """Where the steps of a run stand in its rows: `GlobalBatches`, `PlannedBatches` or `StreamedRows`."""
 
     def rows_seen(self, step: int) -> int:
         """Rows of all steps before this one."""
@@ -28,9 +26,16 @@ class Stream(Protocol):
         """Optimizer steps of so many epochs."""
 
 
+class DrawnStream(Stream, Protocol):
+    """One whose rows can be had by number: `GlobalBatches` or `PlannedBatches`."""
+
+    def draw(self, step: int) -> Draw:
+        """Rows, partners and lam of a step."""
+
+
 def stream_of(
     training: Training, lengths: NDArray[np.int64], arithmetic: BatchArithmetic, mixing: Mixing | None, multiple: int
-) -> Stream:
+) -> DrawnStream:
     """The batches that the training section asks for. Args: lengths in tokens; multiple that widths are rounded to."""
     if training.batching == "random":
         return GlobalBatches(len(lengths), training.batch_size, training.seed, mixing)
@@ -44,6 +49,24 @@ def stream_of(
         tokens_per_micro_batch=training.tokens_per_micro_batch,
         micro_batches=arithmetic.accumulation * arithmetic.ranks,
     )
+
+
+def check_micro_batches(config: Config, before: int, now: BatchArithmetic) -> None:
+    """Where rows are streamed, or a token budget fills them, a step's rows depend on its number of micro-batches.
+
+    Args: before = of the steps of a checkpoint, over all ranks; 0 if it is not known.
+    Raises: ConfigurationError when a resumed run would have another number of them.
+    """
+    training, number = config.training, now.accumulation * now.ranks
+    reasons = {
+        "task.streaming": config.task.streaming,
+        "training.tokens_per_micro_batch": training.tokens_per_micro_batch is not None,
+    }
+    for field in (name for name, applies in reasons.items() if applies and before not in (0, number)):
+        raise ConfigurationError(
+            f"{field}: the checkpoint's steps had {before} micro-batches, and now they have {number}; set "
+            f"training.micro_batch_size = {training.batch_size // before} and let the number of ranks divide {before}"
+        )
 
 
 def total_steps(training: Training, stream: Stream) -> int:

@@ -49,9 +49,9 @@ class StepRecord:
 class StepRecords:
     """Collects the records of steps and reads them at a report, all at once."""
 
-    def __init__(self, source_rows: NDArray[np.int64], stops: bool, scales_losses: bool) -> None:
-        """Args: source_rows = row number in the user's data of every training row; stops = whether a value that is
-        not finite ends the run; scales_losses = fp16, where a skipped step only lowers the scale."""
+    def __init__(self, source_rows: NDArray[np.int64] | None, stops: bool, scales_losses: bool) -> None:
+        """Args: source_rows = row number in the user's data of every training row, None if row ids are; stops = whether
+        a value that is not finite ends the run; scales_losses = fp16, where a skipped step only lowers the scale."""
         self._source_rows, self._stops, self._scales_losses = source_rows, stops, scales_losses
         self._open: list[StepRecord] = []
 
@@ -105,7 +105,8 @@ class StepRecords:
         return f"a gradient; rows {numbers} of rank {distributed.rank()}"
 
     def _row_numbers(self, row_ids: Tensor) -> str:
-        numbers = self._source_rows[row_ids.numpy()].tolist()
+        ids = row_ids.numpy()
+        numbers = (ids if self._source_rows is None else self._source_rows[ids]).tolist()
         return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
 
 

@@ -30,9 +30,11 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
     keep_best = run.keeps_best and state.best is not None
     further = {f"student_{number + 1}": run.evaluate_further(number) for number in range(1, run.engine.num_students)}
     metrics = state.best["metrics"] if keep_best and state.best is not None else state.metrics
+    texts = state.best["texts"] if keep_best and state.best is not None else state.texts
     summary = {
         "version": __version__,
         "task": run.parts.spec.name,
+        "kind": run.parts.spec.kind,
         "method": config.method.name,
         "teacher": _teacher_summary(run),
         "student": {**describe_model(run.parts.student.model), "parameters": run.parts.num_student_parameters},
@@ -60,10 +62,11 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
             "samples_per_s": state.evaluation_rows_per_s,
             "teacher_samples_per_s": run.teacher_rows_per_s,
         },
-        "best": None if state.best is None else {k: v for k, v in state.best.items() if k != "metrics"},
+        "best": None if state.best is None else {k: state.best[k] for k in ("step", "split", "metric", "value")},
         "metrics": metrics,
         **({"further_students": further} if further else {}),
-        "backends": used_backends(run.engine.device),
+        **({"samples": {split: run.answers[split].samples(rows) for split, rows in texts.items()}} if texts else {}),
+        "backends": used_backends(run.engine.device, run.plan.language),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
         "started": run.started.isoformat(timespec="seconds"),
@@ -93,13 +96,17 @@ def finish(run: Run, seconds: float) -> dict[str, Any]:
 def _teacher_summary(run: Run) -> dict[str, Any] | None:
     if run.parts.teacher is None or run.config.teacher is None:
         return None
-    model = run.parts.teacher.model
+    teacher = run.parts.teacher
+    known: dict[str, Any] = {"model": run.config.teacher.model, "metrics": run.teacher_metrics}
+    if teacher.offline is not None:
+        known |= {"model": known["model"] or teacher.offline.origin.teacher, "offline": teacher.offline.facts()}
+    if not teacher.has_model:
+        return known
     return {
-        "model": run.config.teacher.model,
-        "parameters": count_parameters(model),
-        "metrics": run.teacher_metrics,
-        "kept_logits": run.parts.teacher.kept,
-        **describe_model(model),
+        **known,
+        "parameters": count_parameters(teacher.model),
+        "kept_logits": teacher.kept,
+        **describe_model(teacher.model),
     }
 
 

@@ -4,6 +4,8 @@ The teacher's stage does not depend on the student's. Its parameters are created
 tensor from safetensors files, so that no rank ever holds the whole teacher.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -11,7 +13,9 @@ import psutil
 import torch
 from torch import nn
 
+from mixkd_fast import distributed
 from mixkd_fast.build_locks import without_dead_locks
+from mixkd_fast.causal_lm import CausalLM, Head, answers_of
 from mixkd_fast.configuration import Precision, Teacher
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.deepspeed_config import teacher_zero3_config
@@ -26,9 +30,9 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class ShardedTeacher:
-    """An `Encoder` whose parameters are gathered layer by layer during its forward. Calls are collective."""
+    """An `Encoder` or `CausalLM` whose parameters are gathered layer by layer in its forward. Calls are collective."""
 
-    def __init__(self, encoder: Encoder, zero_config: dict[str, Any]) -> None:
+    def __init__(self, encoder: Encoder | CausalLM, zero_config: dict[str, Any]) -> None:
         encoder.requires_grad_(False)
         self.encoder = encoder
         with without_dead_locks():
@@ -60,11 +64,51 @@ class ShardedTeacher:
         """A forward with what its layers compute; see `Encoder.read`."""
         return self._engine("read", (batch, mixing), options)
 
+    @torch.no_grad()
+    def hidden(self, batch: Batch, mixing: Mixing | None = None) -> torch.Tensor:
+        """Last hidden states of a language model; see `CausalLM.hidden`."""
+        hidden: torch.Tensor = self._engine("hidden", (batch, mixing), {})
+        return hidden
+
+    @property
+    def _lm(self) -> CausalLM:
+        assert isinstance(self.encoder, CausalLM)
+        return self.encoder
+
+    def head(self) -> Head:
+        """A language model's output layer, whole inside `gathered_head`."""
+        return self._lm.head()
+
+    @contextmanager
+    def gathered_head(self) -> Iterator[None]:
+        """Here, and nowhere else, the output layer is whole on every rank. Collective."""
+        with whole_parameters(self._lm.head_parameters()):
+            yield
+
+    @torch.no_grad()
+    def answers(self, batch: Batch) -> torch.Tensor:
+        """What an evaluation needs of every row; see `CausalLM.answers`."""
+        hidden = self.hidden(batch)
+        with self.gathered_head():
+            return answers_of(hidden, self.head(), batch.labels[: batch.num_rows])
+
+    @torch.no_grad()
+    def generate(self, *arguments: Any) -> torch.Tensor:
+        """Continue prompts; see `CausalLM.generate`."""
+        generated: torch.Tensor = self._engine("generate", arguments, {})
+        return generated
+
+    @torch.no_grad()
+    def next_logits(self, *arguments: Any) -> tuple[torch.Tensor, Any]:
+        """Logits of the next token; see `CausalLM.next_logits`."""
+        logits, cache = self._engine("next_logits", arguments, {})
+        return logits, cache
+
 
 class _Dispatch(nn.Module):
     """One module call per forward, whichever rows are wanted: ZeRO-3 hooks the outermost module."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder | CausalLM) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -79,22 +123,38 @@ def load_sharded_teacher(
 
     Raises: ModelError when weights are missing. Call `require_memory_for_layer` first.
     """
-    config = teacher_zero3_config(section, largest_layer_numel(source.skeleton()), micro_batch_size, precision)
+    config = _zero_config(section, source.skeleton(), micro_batch_size, precision)
     if device.type == "cpu":
         return_freed_memory()
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = source.build_empty()
     fill_partitioned(model, source)
-    return ShardedTeacher(Encoder(model), config)
+    face: Encoder | CausalLM = CausalLM(model) if source.purpose == "causal_lm" else Encoder(model)
+    return ShardedTeacher(face, config)
 
 
 def shard_loaded_teacher(
-    section: Teacher, encoder: Encoder, precision: Precision, micro_batch_size: int
+    section: Teacher, encoder: Encoder | CausalLM, precision: Precision, micro_batch_size: int
 ) -> ShardedTeacher:
     """Partition a teacher that the caller has already loaded. Collective."""
-    config = teacher_zero3_config(section, largest_layer_numel(encoder.model), micro_batch_size, precision)
+    config = _zero_config(section, encoder.model, micro_batch_size, precision)
     deepspeed.zero.Init(module=encoder.model, config_dict_or_path=config)
     return ShardedTeacher(encoder, config)
+
+
+def _zero_config(section: Teacher, model: nn.Module, micro_batch_size: int, precision: Precision) -> dict[str, Any]:
+    """Raises: ModelError if the parameters are to rest on NVMe and DeepSpeed cannot read and write it here."""
+    if section.offload is not None and section.offload.device == "nvme":
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise ModelError(
+                'teacher.offload.device = "nvme" needs the library libaio with its header (Debian and Ubuntu: apt '
+                'install libaio-dev); without it use "cpu"'
+            )
+    largest = max(parameter.numel() for parameter in model.parameters())
+    share = -(-largest // distributed.world_size())
+    return teacher_zero3_config(section, largest_layer_numel(model), micro_batch_size, precision, share)
 
 
 def fill_partitioned(model: nn.Module, source: ModelSource) -> None:

@@ -67,6 +67,28 @@ def relation_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     return name
 
 
+@pytest.fixture(params=["reference", "cpu"])
+def linear_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test once per backend of linear_kd_loss that the CPU has, which "auto" then takes."""
+    from mixkd_fast.ops import backends
+
+    name: str = request.param
+    require(name)
+    monkeypatch.setattr(backends, "preferred", lambda device: (name,))
+    monkeypatch.setattr(backends, "_resolved", {})
+    return name
+
+
+def interpreted_triton(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make Triton's interpreter a backend of `op` here; skip where Triton compiles."""
+    from mixkd_fast.ops import backends
+
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("Triton compiles here: the tests of the GPU's kernels run it")
+    monkeypatch.setitem(backends.TABLE, (op, "triton"), backends.TABLE[op, "triton"]._replace(missing=lambda: ""))
+
+
 def require(name: str) -> None:
     """Skip what needs a backend that is not here; where MIXKD_REQUIRE names it, as CI does, fail instead."""
     from mixkd_fast.ops import backends

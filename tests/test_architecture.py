@@ -9,40 +9,64 @@ import pytest
 from toy import ROOT, environment
 
 PACKAGE = ROOT / "mixkd_fast"
-# From the top down; a module imports only from its own layer or from layers below it.
+# From the top down; a module imports only from its own layer or from layers below it. A module of a package may have a
+# layer of its own.
 LAYERS = [
     {"cli", "train"},
+    {"integrations"},
     {"cli_sweep"},
     {"sweep"},
-    {"cli_evaluate", "cli_config", "cli_plan", "distillation"},
+    {"cli_evaluate", "cli_config", "cli_plan", "cli_select", "cli_store", "cli_teach", "distillation"},
+    {"teaching"},
     {"summary"},
     {"run"},
     {"method_setting"},
+    {"language_texts"},
     {"preparation"},
+    {"language_preparation", "offline_preparation"},
     {"model_preparation"},
     {"extra_labelling"},
     {"frozen_teacher"},
+    {"offline"},
     {"teacher"},
     {"engine"},
     {"planning"},
-    {"compare", "evaluation", "interrupt", "model_card", "models", "report", "run_folder", "saving", "schedule"},
+    {
+        *("compare", "evaluation", "generation", "interrupt", "language_models", "model_card", "models", "report"),
+        *("run_folder", "saving", "schedule", "watching"),
+    },
+    {"adapters"},
     {"pretrained", "student_layers"},
     {"model_checks"},
     {"teacher_store"},
-    {"step_records", "store_entries"},
-    {"checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
+    {"step_records", "store_entries", "universal"},
+    {"causal_lm", "checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
     {"fused_encoder"},
     {"encoder_parts", "encoder_tables", "packed_attention", "quantized_teacher"},
     {"sweep_file"},
     {"build_locks", "configuration", "distributed"},
-    {"config_errors", "host_memory", "partition", "strict_json"},
+    {"config_errors", "host_memory", "partition", "strict_json", "teacher_section"},
     {"methods"},
     {"encoder_readings", "losses", "mix", "mixing"},
-    {"errors", "ops", "section", "version"},
+    {"linear_losses"},
+    {
+        "data.next_tokens",
+        "errors",
+        "language_task",
+        "lora",
+        "ops",
+        "plan_section",
+        "section",
+        "version",
+        "watch_process",
+    },
 ]
 HOMES = {
-    "deepspeed": {"engine", "teacher"},
-    "transformers": {"models", "pretrained", "saving", "data.demo.tokenizer"},
+    "deepspeed": {"engine", "teacher", "integrations.frozen_model", "integrations.model_calls"},
+    "transformers": {"models", "pretrained", "saving", "data.demo.tokenizer", "integrations.transformers_trainer"},
+    "accelerate": {"integrations.mixed_rows", "integrations.token_loss", "integrations.transformers_trainer"},
+    "trl": {"integrations.trl_gkd"},
+    "peft": {"adapters"},
     "matplotlib": {"page", "report", "compare"},
 }
 
@@ -75,18 +99,24 @@ def _imports(tree: ast.Module, typing_only_too: bool = False) -> set[str]:
 
 
 def test_every_module_has_a_layer() -> None:
-    known = set().union(*LAYERS)
+    known = {name for name in set().union(*LAYERS) if "." not in name}
     assert {name.partition(".")[0] for name in _modules()} == known
 
 
-def test_imports_point_one_way() -> None:
+def _level(module: str) -> int | None:
+    """The layer of a module: its own where it has one, else its package's; None for what is not of this package."""
     level = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+    return level.get(module, level.get(module.partition(".")[0]))
+
+
+def test_imports_point_one_way() -> None:
     wrong = []
     for name, tree in _modules().items():
-        here = name.partition(".")[0]
+        here = _level(name)
         for target in _imports(tree):
-            parts = target.split(".")
-            if parts[0] == "mixkd_fast" and len(parts) > 1 and parts[1] in level and level[parts[1]] < level[here]:
+            package, _, module = target.partition(".")
+            there = _level(module) if package == "mixkd_fast" else None
+            if here is not None and there is not None and there < here:
                 wrong.append(f"{name} imports {target}")
     assert not wrong
 
@@ -99,7 +129,18 @@ def test_heavy_dependencies_have_one_home(package: str) -> None:
 
 def test_no_module_shadows_another_package() -> None:
     """`deepspeed mixkd_fast/train.py` puts the package folder on the path."""
-    installed = {"datasets", "deepspeed", "evaluate", "matplotlib", "ninja", "numpy", "torch", "transformers", "triton"}
+    installed = {
+        "datasets",
+        "deepspeed",
+        "evaluate",
+        "matplotlib",
+        "ninja",
+        "numpy",
+        "peft",
+        "torch",
+        "transformers",
+        "triton",
+    }
     own = {path.stem for path in PACKAGE.iterdir() if path.stem != "__init__"}
     assert not own & (installed | set(sys.stdlib_module_names))
 
@@ -127,6 +168,36 @@ except ModuleNotFoundError as error:
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("distill needs ")
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "extra"),
+    [
+        ("DistillTrainer", "transformers", "transformers"),
+        ("DistillTrainer", "accelerate", "transformers"),
+        ("GKDTrainer", "trl", "trl"),
+    ],
+)
+def test_integrations_name_the_package_that_is_missing(name: str, hidden: str, extra: str) -> None:
+    """The package itself loads without any of them."""
+    code = f"""
+import importlib.abc, sys
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {hidden!r}:
+            raise ModuleNotFoundError(f"{{name}} is hidden", name=name)
+sys.meta_path.insert(0, Hide())
+import mixkd_fast, mixkd_fast.integrations as integrations
+assert not {{"transformers", "accelerate", "trl", "deepspeed", "pydantic"}} & set(sys.modules)
+try:
+    integrations.{name}
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{name} needs the package '{hidden}"), done.stdout
+    assert f"mixkd-fast[{extra}]" in done.stdout
 
 
 def test_train_script_stays_thin() -> None:

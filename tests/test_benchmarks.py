@@ -11,9 +11,20 @@ import torch
 from cases import kl_rows, relative_error
 
 from benchmarks import __main__ as program
-from benchmarks import bench_kd_loss, bench_relation_kl, peers, render, timing
+from benchmarks import bench_kd_loss, bench_linear_kd_loss, bench_relation_kl, peers, render, timing
 from benchmarks.bars import bars, predicted_ms, predictions
-from benchmarks.cases import KDCase, RelationCase, kd_cases, kd_inputs, mix_cases, relation_cases, relation_inputs
+from benchmarks.cases import (
+    KDCase,
+    LinearCase,
+    RelationCase,
+    kd_cases,
+    kd_inputs,
+    linear_cases,
+    linear_inputs,
+    mix_cases,
+    relation_cases,
+    relation_inputs,
+)
 from benchmarks.timing import Arm, Budget, WrongResult, interleave, measure, peak_bytes
 
 CPU = torch.device("cpu")
@@ -123,6 +134,34 @@ def test_eager_relations_are_the_same_function() -> None:
         assert relative_error(value, expected) < 1e-5
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_eager_heads_are_the_same_function(monkeypatch: pytest.MonkeyPatch, divergence: Any) -> None:
+    case = LinearCase(10, 70, 8, torch.float32, divergence)
+    monkeypatch.setattr(bench_linear_kd_loss, "TRUTH_ELEMENTS", 3 * case.classes)
+    inputs, loss = linear_inputs(case, CPU), peers.eager_linear(case)
+    assert callable(loss), loss
+    value = loss(inputs)
+    found = (value.detach(), *torch.autograd.grad(value, (inputs.student_hidden, inputs.student_weight)))
+    for actual, expected in zip(found, bench_linear_kd_loss.truth(case, inputs).values(), strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
+def test_bars_of_heads() -> None:
+    case = LinearCase(8192, 128256, 4096, torch.bfloat16)
+    described = {"name": case.name, "rows": case.rows, "divergence": case.divergence}
+    kept = bench_linear_kd_loss.kept_bytes(case)
+    assert kept == (8192 + 128256) * 4096 * 2 + 128256 * 4096 * 4
+    measured = arms(copy=1, eager=100, cuda=50)
+    for arm in measured:
+        arm |= {"tflop_per_s": 700.0, "peak_bytes": kept + 2**29}
+    entry = {"op": "linear_kd_loss", "case": described, "kept_bytes": kept, "arms": measured}
+    found = bars([entry], {"type": "cuda", "capability": [9, 0]})
+    of_cuda = [(bar["measured"], bar["passed"]) for bar in found if bar["backend"] == "cuda"]
+    assert of_cuda == [(2.0, True), (512.0, True), (None, None), (700.0, True)]
+    slower = bars([entry], {"type": "cpu", "capability": None})
+    assert {bar["passed"] for bar in slower} == {None}
+
+
 def test_bars_of_relations() -> None:
     case = {"name": "32x12x40x32 fp32", "dtype": "fp32"}
     measured = arms(copy=1, eager=20, cpu=8)
@@ -192,12 +231,12 @@ def test_predictions_are_labelled_and_leave_out_the_measured_gpu() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_names_of_cases_are_distinct(device: str) -> None:
-    for of_op in (kd_cases, mix_cases, relation_cases):
+    for of_op in (kd_cases, linear_cases, mix_cases, relation_cases):
         cases = of_op(torch.device(device), False)
         assert len({case.name for case in cases}) == len(cases)
 
 
-@pytest.mark.parametrize("op", ["kd_loss", "mix_embeddings", "relation_kl"])
+@pytest.mark.parametrize("op", ["kd_loss", "linear_kd_loss", "mix_embeddings", "relation_kl"])
 def test_quick_run_writes_figures_table_and_plot(op: str, tmp_path: Path) -> None:
     file = tmp_path / "results" / "figures.json"
     program.main([op, "--quick", "--no-tests", "--json", str(file)])

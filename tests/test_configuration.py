@@ -71,7 +71,7 @@ def _merged(changes: dict[str, Any]) -> dict[str, Any]:
         ({"method": {"name": "kd", "alpha": 1.0}}, ["method.alpha: unknown key", "(method has: distance, kd_weight,"]),
         ({"method": {"name": "finetune", "temperatur": 1}}, ["unknown key (method has: name)"]),
         ({"method": 3}, ["method = 3", "dictionary"]),
-        ({"teacher": {}}, ["teacher.model: is missing"]),
+        ({"teacher": {}}, ["teacher: model is missing", "or give offline"]),
         ({"teacher": {"model": ""}}, ["teacher.model = ''", "at least 1 character"]),
         ({"output": {"directory": ""}}, ["output.directory = ''", "at least 1 character"]),
         ({"training": {"batch_size": 32.0}}, ["training.batch_size = 32.0", "integer"]),

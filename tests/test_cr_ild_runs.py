@@ -81,6 +81,7 @@ def test_bf16_trains_what_the_targets_read_too(tmp_path: Path) -> None:
     assert falls(terms, "attention") and falls(terms, "hidden")
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_under_zero_3(tmp_path: Path) -> None:
     """Some ranks have partners of their own to read and others none: all take part in gathering the weights."""
     sizes = {"batch_size": 4, "micro_batch_size": 1, "learning_rate": 3e-3, "steps": 6, "evaluate_every": 6}

@@ -1,6 +1,7 @@
 """The examples run, and what they train learns."""
 
 import importlib.util
+import sys
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixkd_fast.losses import KDLoss
+from mixkd_fast.losses import KDLoss, LinearKDLoss
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -34,9 +35,11 @@ def test_plain_pytorch_loop_learns() -> None:
 
 def test_trainer_subclass_learns() -> None:
     pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
-    losses = load("hf_trainer").main(steps=30)
-    assert len(losses) == 30
-    assert mean(losses[-5:]) < 0.85 * mean(losses[:5])
+    example = load("hf_trainer")
+    for options in ({}, example.MIXKD):
+        losses = example.main(steps=30, **options)
+        assert len(losses) == 30
+        assert mean(losses[-5:]) < 0.85 * mean(losses[:5])
 
 
 def test_trainer_subclass_takes_the_mean_over_the_accumulated_batch() -> None:
@@ -78,7 +81,7 @@ def load_trl_example() -> ModuleType:
 
 
 def test_trl_trainer_learns_with_temperature_and_hard_labels() -> None:
-    losses = load_trl_example().main(steps=30, kd_loss=KDLoss(divergence="jsd", temperature=2.0, ce_weight=0.1))
+    losses = load_trl_example().main(steps=30, loss=LinearKDLoss(divergence="jsd", temperature=2.0, ce_weight=0.1))
     assert len(losses) == 30
     assert mean(losses[-5:]) < 0.75 * mean(losses[:5])
 
@@ -86,8 +89,8 @@ def test_trl_trainer_learns_with_temperature_and_hard_labels() -> None:
 def test_trl_trainer_has_the_losses_of_trl_at_temperature_1() -> None:
     """Same divergence, masks, shift and mean as GKDTrainer's own loss: the two runs cannot be told apart."""
     example = load_trl_example()
-    ours = example.main(steps=5, kd_loss=KDLoss(divergence="jsd", beta=0.5))
-    theirs = example.main(steps=5, trainer_class=example.GKDTrainer)
+    ours = example.main(steps=5)
+    theirs = example.main(steps=5, trainer_class=sys.modules["trl.experimental.gkd"].GKDTrainer)
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
@@ -95,6 +98,6 @@ def test_trl_trainer_takes_the_mean_over_the_accumulated_batch() -> None:
     """Answers differ in length, so the mean of micro-batch means would be another number."""
     example = load_trl_example()
     loss = KDLoss(divergence="reverse_kl")
-    accumulated = example.main(steps=5, micro_batch_size=4, accumulation_steps=4, kd_loss=loss)
-    at_once = example.main(steps=5, micro_batch_size=16, accumulation_steps=1, kd_loss=loss)
+    accumulated = example.main(steps=5, micro_batch_size=4, accumulation_steps=4, loss=loss)
+    at_once = example.main(steps=5, micro_batch_size=16, accumulation_steps=1, loss=loss)
     assert accumulated == pytest.approx(at_once, rel=1e-4)

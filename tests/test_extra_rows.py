@@ -198,6 +198,7 @@ def _teacher_probabilities(folder: Path) -> np.ndarray:
         return np.asarray(model(**batch).logits.double().softmax(-1))
 
 
+@pytest.mark.slow
 def test_whole_runs_on_one_rank_two_ranks_and_a_partitioned_teacher_agree(tmp_path: Path) -> None:
     """And the run of a method without a teacher may use one to label."""
     save_toy_teacher(tmp_path / "teacher")

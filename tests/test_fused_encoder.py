@@ -178,6 +178,7 @@ def test_hooks_are_obeyed() -> None:
     assert torch.equal(encoder.clean(batch).logits, before)
 
 
+@pytest.mark.slow
 def test_compiled_layers_serve_every_shape_with_few_compilations() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -295,6 +296,7 @@ def test_a_layer_replaced_later_and_backward_hooks_are_noticed() -> None:
     assert encoder.fused.why_not_now() == ""
 
 
+@pytest.mark.slow
 def test_every_width_is_compiled_for_teacher_and_student() -> None:
     """More widths than torch.compile allows by itself: beyond its limit it would run the layers eagerly, silently."""
     compiled: dict[str, int] = {"teacher": 0, "student": 0}

@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+import pytest
 from toy import ROOT
 
 from benchmarks.gpu_check import Part, parts, run, table
@@ -39,6 +40,7 @@ def test_every_part_names_files_and_modules_that_are_there(tmp_path: Path) -> No
                 assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
 
 
+@pytest.mark.slow
 def test_the_training_run_is_the_real_program(tmp_path: Path) -> None:
     """On the CPU in fp32, twice: the same losses; every variant only changes fields that exist."""
     first = losses(tmp_path, 3, {"training.precision": "fp32"}, gpu=False)

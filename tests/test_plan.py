@@ -25,10 +25,11 @@ from mixkd_fast.mixing import Mixing
 from mixkd_fast.planning.assumptions import assumptions
 from mixkd_fast.planning.flops import EncoderShape, attention_flops, forward_flops
 from mixkd_fast.planning.hardware import GPUS, MATMUL_EFFICIENCY, gpu_rates
-from mixkd_fast.planning.lengths import RowLengths, mnli_lengths, row_lengths, sample_batches
+from mixkd_fast.planning.lengths import mnli_lengths, row_lengths, sample_batches
 from mixkd_fast.planning.memory import Placement
 from mixkd_fast.planning.models import planned_student, planned_teacher
 from mixkd_fast.planning.plan import make_plan
+from mixkd_fast.planning.row_lengths import RowLengths
 from mixkd_fast.planning.throughput import throughput
 from mixkd_fast.planning.workload import workload
 

@@ -113,7 +113,7 @@ def test_two_ranks_killed_and_resumed_are_bit_identical(tmp_path: Path) -> None:
     _same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("log_every", [1, 9])
+@pytest.mark.parametrize("log_every", [pytest.param(1, marks=pytest.mark.slow), 9])
 def test_sigterm_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path, log_every: int) -> None:
     training = {"steps": 400, "evaluate_every": 400, "checkpoint_every": 400, "log_every": log_every}
     path = _write_config(tmp_path, training=training)

@@ -62,6 +62,7 @@ def _setting(student: Encoder, teacher: Encoder, ranks: int = 1) -> Setting:
         collect=_collect(rows, ranks),
         load_teacher=unused,
         load_masked_lm=unused,
+        load_texts=unused,
         new_student=unused,
         share=unused,
     )

@@ -48,7 +48,11 @@ def on_device(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: move(value) for name, value in arguments.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.bfloat16, torch.float16))],
+    ids=str,
+)
 @pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(sorted(parts)) or "words")
 def test_values_and_gradients_against_the_definition(parts: set[str], dtype: torch.dtype) -> None:
     # Triton's interpreter cuts bf16 off instead of rounding it.
@@ -116,6 +120,7 @@ def test_what_has_weight_0_is_not_looked_at_and_new_memory_may_hold_anything(mon
     assert output.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.slow
 def test_every_triton_kernel_compiles_to_machine_code(tmp_path: Path) -> None:
     """For sm_80 and sm_90, by Triton's own compiler and ptxas: the interpreter accepts more than they do."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}

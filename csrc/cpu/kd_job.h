@@ -30,6 +30,7 @@ struct KdJob {
   DivergenceOptions<double> options;
   Divergence divergence;  // effective; NONE without a teacher or at kd_weight 0
   bool tail_mass;
+  bool in_place;  // the gradient takes the student's place: a row is read to its end before anything of it is written
 
   bool dropped(int64_t row, double weight) const {
     return weight == 0 || (labels != nullptr && labels[row] == ignore_index) ||

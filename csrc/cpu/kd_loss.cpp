@@ -89,13 +89,18 @@ Tensor stored(ScalarType compute, bool is_scalar, int64_t count, const double* v
   return tensor;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(
+// What loss_and_gradient calls the place of its gradient.
+enum class Output { NONE, NEW, IN_PLACE };
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient(
     Tensor student_logits, std::optional<Tensor> teacher_logits, std::optional<Tensor> teacher_indices,
     std::optional<Tensor> labels, std::optional<Tensor> partner_labels, std::optional<Tensor> lam,
     std::optional<Tensor> row_weights, std::optional<Tensor> normalizer, int64_t divergence, double temperature,
     double beta, double alpha, double ab_alpha, double ab_beta, bool detach_mixture, double kd_weight, double ce_weight,
-    bool tail_mass, int64_t ignore_index, int64_t reduction, bool need_grad, bool raise_invalid) {
+    bool tail_mass, int64_t ignore_index, int64_t reduction, Output output, bool raise_invalid) {
   STD_TORCH_CHECK(student_logits.dim() == 2, "student_logits must be [rows, classes]");
+  STD_TORCH_CHECK(output != Output::IN_PLACE || student_logits.is_contiguous(),
+                  "student_logits must be contiguous to be overwritten");
   const int64_t num_rows = student_logits.size(0), num_classes = student_logits.size(1);
   check_matrix("student_logits", student_logits, num_rows);
   STD_TORCH_CHECK(divergence >= 0 && divergence < static_cast<int64_t>(Divergence::NONE), "divergence is ", divergence);
@@ -146,8 +151,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(
   if (raise_invalid) check_classes(job, compute_double, num_rows);
   job.scale = reduction == 0 ? mean_scale(job, compute_double, num_rows, normalizer) : 1.0;
 
-  Tensor gradient = on_large_pages(torch::stable::new_empty(
-      student_logits, need_grad ? std::vector<int64_t>{num_rows, num_classes} : std::vector<int64_t>{0}));
+  const bool need_grad = output != Output::NONE;
+  job.in_place = output == Output::IN_PLACE;
+  Tensor gradient = student_logits;
+  if (!job.in_place) {
+    gradient = on_large_pages(torch::stable::new_empty(
+        student_logits, need_grad ? std::vector<int64_t>{num_rows, num_classes} : std::vector<int64_t>{0}));
+  }
   job.gradient = need_grad ? gradient.mutable_data_ptr() : nullptr;
   std::vector<double> row_values(2 * num_rows);
   job.kd = row_values.data();
@@ -175,8 +185,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(
   return {result(losses.data(), sums), result(job.kd, sums + 1), result(job.ce, sums + 2), gradient};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(
+    Tensor student_logits, std::optional<Tensor> teacher_logits, std::optional<Tensor> teacher_indices,
+    std::optional<Tensor> labels, std::optional<Tensor> partner_labels, std::optional<Tensor> lam,
+    std::optional<Tensor> row_weights, std::optional<Tensor> normalizer, int64_t divergence, double temperature,
+    double beta, double alpha, double ab_alpha, double ab_beta, bool detach_mixture, double kd_weight, double ce_weight,
+    bool tail_mass, int64_t ignore_index, int64_t reduction, bool need_grad, bool raise_invalid) {
+  return loss_and_gradient(student_logits, teacher_logits, teacher_indices, labels, partner_labels, lam, row_weights,
+                           normalizer, divergence, temperature, beta, alpha, ab_alpha, ab_beta, detach_mixture,
+                           kd_weight, ce_weight, tail_mass, ignore_index, reduction,
+                           need_grad ? Output::NEW : Output::NONE, raise_invalid);
+}
+
+// The same, the gradient in the place of the logits.
+std::tuple<Tensor, Tensor, Tensor> kd_loss_(Tensor student_logits, std::optional<Tensor> teacher_logits,
+                                            std::optional<Tensor> teacher_indices, std::optional<Tensor> labels,
+                                            std::optional<Tensor> partner_labels, std::optional<Tensor> lam,
+                                            std::optional<Tensor> row_weights, std::optional<Tensor> normalizer,
+                                            int64_t divergence, double temperature, double beta, double alpha,
+                                            double ab_alpha, double ab_beta, bool detach_mixture, double kd_weight,
+                                            double ce_weight, bool tail_mass, int64_t ignore_index, int64_t reduction,
+                                            bool raise_invalid) {
+  const auto [loss, kd, ce, gradient] =
+      loss_and_gradient(student_logits, teacher_logits, teacher_indices, labels, partner_labels, lam, row_weights,
+                        normalizer, divergence, temperature, beta, alpha, ab_alpha, ab_beta, detach_mixture, kd_weight,
+                        ce_weight, tail_mass, ignore_index, reduction, Output::IN_PLACE, raise_invalid);
+  return {loss, kd, ce};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixkd_fast, CPU, m) { m.impl("kd_loss", TORCH_BOX(&kd_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(mixkd_fast, CPU, m) {
+  m.impl("kd_loss", TORCH_BOX(&kd_loss));
+  m.impl("kd_loss_", TORCH_BOX(&kd_loss_));
+}
 
 }  // namespace mixkd

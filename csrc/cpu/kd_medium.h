@@ -70,7 +70,7 @@ void medium_row(const KdJob& job, const JobConstants<T>& constants, int64_t r, B
   }
   finish_row(job, constants, r, value, ce, setting.weight);
   if (gradient == nullptr) return;
-  const bool direct = stored_as<T>(job.student_dtype);
+  const bool direct = stored_as<T>(job.student_dtype) && !job.in_place;
   T* __restrict out = direct ? static_cast<T*>(gradient) : buffers.out;
   const T kd = setting.scale.kd;
   const T* __restrict plain = share_plain ? q : buffers.plain;

@@ -187,8 +187,9 @@ void write_gradient(const KdJob& job, const Row<T>& student, const Row<T>& teach
                     const GradientScale<T>& scale, bool share_plain, const Kept<T>& kept, void* gradient, T* out) {
   const T plain_max = state.plain.shift();
   const T plain_scale = scale.ce == T(0) ? T(0) : static_cast<T>(scale.ce / state.plain.sum);
-  // In the row itself where the gradient is stored as T, perhaps over the exponentials; else converted afterwards.
-  const bool direct = stored_as<T>(job.student_dtype);
+  // In the row itself where the gradient is stored as T, perhaps over the exponentials; else converted afterwards. In
+  // place a block's logits are still needed while its gradient is put together.
+  const bool direct = stored_as<T>(job.student_dtype) && !job.in_place;
   const bool has_ce = scale.ce != T(0), separate = has_ce && !share_plain;
   const T sum_v = static_cast<T>(state.v);
   const T shared_ce = has_ce && share_plain ? scale.ce : T(0);

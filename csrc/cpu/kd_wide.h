@@ -120,7 +120,7 @@ void wide_row(const KdJob& job, const JobConstants<T>& constants, int64_t r, Buf
   Kept<T> kept{nullptr, nullptr, buffers.student_scales, buffers.teacher_scales};
   if constexpr (has_kd && !is_mse) {
     // The gradient's own row holds the student's exponentials where it can: one row less in the caches.
-    const bool in_gradient = gradient != nullptr && stored_as<T>(job.student_dtype);
+    const bool in_gradient = gradient != nullptr && stored_as<T>(job.student_dtype) && !job.in_place;
     buffers.wide_first.resize(in_gradient ? 0 : job.num_shared);
     buffers.wide_second.resize(job.num_shared);
     kept.student = in_gradient ? static_cast<T*>(gradient) : buffers.wide_first.data();

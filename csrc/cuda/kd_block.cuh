@@ -282,9 +282,11 @@ __device__ __forceinline__ void write_losses(const Job& job, int64_t row, const 
   job.kd[row] = divergence == Divergence::NONE ? 0.0f : job.kd_value_weight * row_scale * terms.value;
   float ce = 0.0f;
   if (job.ce_weight != 0.0f) {
-    const float label_logit = load_value(student, job.student_dtype, setting.label);
-    const float partner_logit =
-        setting.partner_label < 0 ? 0.0f : load_value(student, job.student_dtype, setting.partner_label);
+    const auto logit_at = [&](int64_t label, const float* read_before) {
+      return read_before != nullptr ? read_before[row] : load_value(student, job.student_dtype, label);
+    };
+    const float label_logit = logit_at(setting.label, job.label_logits);
+    const float partner_logit = setting.partner_label < 0 ? 0.0f : logit_at(setting.partner_label, job.partner_logits);
     ce = job.ce_weight * row_scale * cross_entropy(sums, setting, readout, label_logit, partner_logit);
   }
   job.ce[row] = ce;

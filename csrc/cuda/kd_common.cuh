@@ -35,9 +35,11 @@ struct Job {
   const float* lam;          // [N] or null
   const float* row_weights;  // [N] or null
   const float* divisor;      // on the device, or null: fixed_divisor
-  void* gradient;            // [N, C] of the student's dtype, or null
-  float* kd;                 // [N]
-  float* ce;                 // [N]
+  void* gradient;            // [N, C] of the student's dtype, or null; may be `student`
+  // [N] each, or null: where the gradient overwrites the student, its logits at labels and partner_labels, read before.
+  const float *label_logits, *partner_logits;
+  float* kd;  // [N]
+  float* ce;  // [N]
   int64_t num_rows, student_stride, teacher_stride, ignore_index;
   int num_classes, num_shared, num_top;
   Dtype student_dtype, teacher_dtype;

@@ -44,6 +44,9 @@ void launch_top(const Job& job, const DeviceLimits& limits, cudaStream_t stream)
 // The divisor of "mean": the weight of all rows that are not dropped.
 void launch_divisor(const Job& job, float* divisor, cudaStream_t stream);
 
+// The student's logits at labels and partner_labels, [N] each; 0 for a label that is not there.
+void launch_label_logits(const Job& job, float* label_logits, float* partner_logits, cudaStream_t stream);
+
 // Sums over rows in a fixed order.
 void launch_totals(const Job& job, const Totals& totals, cudaStream_t stream);
 

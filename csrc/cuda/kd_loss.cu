@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -75,19 +76,23 @@ bool launch_rows(const Job& job, bool count_rows, const Totals& totals, const Te
   return false;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student_logits, std::optional<Tensor> teacher_logits,
-                                                   std::optional<Tensor> teacher_indices, std::optional<Tensor> labels,
-                                                   std::optional<Tensor> partner_labels, std::optional<Tensor> lam,
-                                                   std::optional<Tensor> row_weights, std::optional<Tensor> normalizer,
-                                                   int64_t divergence, double temperature, double beta, double alpha,
-                                                   double ab_alpha, double ab_beta, bool detach_mixture,
-                                                   double kd_weight, double ce_weight, bool tail_mass,
-                                                   int64_t ignore_index, int64_t reduction, bool need_grad,
-                                                   bool /*raise_invalid: never waits for the device*/) {
+// What loss_and_gradient calls the place of its gradient.
+enum class Output { NONE, NEW, IN_PLACE };
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient(
+    Tensor student_logits, std::optional<Tensor> teacher_logits, std::optional<Tensor> teacher_indices,
+    std::optional<Tensor> labels, std::optional<Tensor> partner_labels, std::optional<Tensor> lam,
+    std::optional<Tensor> row_weights, std::optional<Tensor> normalizer, int64_t divergence, double temperature,
+    double beta, double alpha, double ab_alpha, double ab_beta, bool detach_mixture, double kd_weight, double ce_weight,
+    bool tail_mass, int64_t ignore_index, int64_t reduction, Output output) {
   STD_TORCH_CHECK(student_logits.dim() == 2, "student_logits must be [rows, classes]");
   STD_TORCH_CHECK(divergence >= 0 && divergence < static_cast<int64_t>(Divergence::NONE), "divergence is ", divergence);
   const int64_t num_rows = student_logits.size(0);
   check_matrix("student_logits", student_logits, num_rows);
+  // A row of a TopK is read again, class by class, after its gradient has been written.
+  const bool in_place = output == Output::IN_PLACE, has_top = teacher_indices.has_value() && kd_weight != 0;
+  STD_TORCH_CHECK(!in_place || student_logits.is_contiguous(), "student_logits must be contiguous to be overwritten");
+  STD_TORCH_CHECK(!in_place || !has_top, "with teacher_indices student_logits cannot be overwritten");
 
   Job job{};
   job.student = student_logits.const_data_ptr();
@@ -154,8 +159,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student_logits, std::o
   };
   const std::vector<int64_t> shape = by_row ? std::vector<int64_t>{num_rows} : std::vector<int64_t>{};
   Tensor loss = new_floats(shape), kd = new_floats(shape), ce = new_floats(shape);
-  Tensor gradient = torch::stable::new_empty(
-      student_logits, need_grad ? std::vector<int64_t>{num_rows, job.num_classes} : std::vector<int64_t>{0});
+  const bool need_grad = output != Output::NONE;
+  Tensor gradient = student_logits;
+  if (!in_place) {
+    gradient = torch::stable::new_empty(
+        student_logits, need_grad ? std::vector<int64_t>{num_rows, job.num_classes} : std::vector<int64_t>{0});
+  }
   job.gradient = need_grad ? gradient.mutable_data_ptr() : nullptr;
   // Rows of kd and ce, and the divisor.
   Tensor workspace = new_floats({by_row ? 1 : 2 * num_rows + 1});
@@ -164,6 +173,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student_logits, std::o
                       static_cast<float*>(ce.mutable_data_ptr())};
   job.kd = by_row ? totals.kd : rows + 1;
   job.ce = by_row ? totals.ce : rows + 1 + num_rows;
+
+  // One thread reads a row's logits at its labels while others may have begun to overwrite them: so they are read
+  // first.
+  const bool reads_labels = in_place && job.ce_weight != 0.0f && num_rows > 0;
+  Tensor label_logits = new_floats({reads_labels ? 2 * num_rows : 1});
+  if (reads_labels) {
+    float* values = static_cast<float*>(label_logits.mutable_data_ptr());
+    launch_label_logits(job, values, values + num_rows, stream);
+    job.label_logits = values;
+    job.partner_logits = values + num_rows;
+  }
 
   bool count_rows = false;
   if (reduction == 0 && normalizer.has_value()) {
@@ -189,8 +209,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student_logits, std::o
   return {loss, kd, ce, gradient};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> kd_loss(Tensor student_logits, std::optional<Tensor> teacher_logits,
+                                                   std::optional<Tensor> teacher_indices, std::optional<Tensor> labels,
+                                                   std::optional<Tensor> partner_labels, std::optional<Tensor> lam,
+                                                   std::optional<Tensor> row_weights, std::optional<Tensor> normalizer,
+                                                   int64_t divergence, double temperature, double beta, double alpha,
+                                                   double ab_alpha, double ab_beta, bool detach_mixture,
+                                                   double kd_weight, double ce_weight, bool tail_mass,
+                                                   int64_t ignore_index, int64_t reduction, bool need_grad,
+                                                   bool /*raise_invalid: never waits for the device*/) {
+  return loss_and_gradient(student_logits, teacher_logits, teacher_indices, labels, partner_labels, lam, row_weights,
+                           normalizer, divergence, temperature, beta, alpha, ab_alpha, ab_beta, detach_mixture,
+                           kd_weight, ce_weight, tail_mass, ignore_index, reduction,
+                           need_grad ? Output::NEW : Output::NONE);
+}
+
+// The same, the gradient in the place of the logits.
+std::tuple<Tensor, Tensor, Tensor> kd_loss_(Tensor student_logits, std::optional<Tensor> teacher_logits,
+                                            std::optional<Tensor> teacher_indices, std::optional<Tensor> labels,
+                                            std::optional<Tensor> partner_labels, std::optional<Tensor> lam,
+                                            std::optional<Tensor> row_weights, std::optional<Tensor> normalizer,
+                                            int64_t divergence, double temperature, double beta, double alpha,
+                                            double ab_alpha, double ab_beta, bool detach_mixture, double kd_weight,
+                                            double ce_weight, bool tail_mass, int64_t ignore_index, int64_t reduction,
+                                            bool /*raise_invalid*/) {
+  const auto [loss, kd, ce, gradient] =
+      loss_and_gradient(student_logits, teacher_logits, teacher_indices, labels, partner_labels, lam, row_weights,
+                        normalizer, divergence, temperature, beta, alpha, ab_alpha, ab_beta, detach_mixture, kd_weight,
+                        ce_weight, tail_mass, ignore_index, reduction, Output::IN_PLACE);
+  return {loss, kd, ce};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mixkd_fast, CUDA, m) { m.impl("kd_loss", TORCH_BOX(&kd_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(mixkd_fast, CUDA, m) {
+  m.impl("kd_loss", TORCH_BOX(&kd_loss));
+  m.impl("kd_loss_", TORCH_BOX(&kd_loss_));
+}
 
 }  // namespace mixkd::cuda

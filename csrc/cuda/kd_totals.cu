@@ -30,11 +30,32 @@ __global__ void row_losses_kernel(const float* kd, const float* ce, int64_t num_
   }
 }
 
+__global__ void label_logits_kernel(const __grid_constant__ Job job, float* label_logits, float* partner_logits) {
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < job.num_rows;
+       row += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const char* student =
+        static_cast<const char*>(job.student) + row * job.student_stride * bytes_of(job.student_dtype);
+    const auto logit_at = [&](const int64_t* labels) {
+      const int64_t label = labels == nullptr ? -1 : labels[row];
+      return label >= 0 && label < job.num_classes ? load_value(student, job.student_dtype, label) : 0.0f;
+    };
+    label_logits[row] = logit_at(job.labels);
+    partner_logits[row] = logit_at(job.partner_labels);
+  }
+}
+
 }  // namespace
 
 void launch_divisor(const Job& job, float* divisor, cudaStream_t stream) {
   divisor_kernel<<<1, THREADS, 0, stream>>>(job, divisor);
   check_launch("kd_loss divisor");
+}
+
+void launch_label_logits(const Job& job, float* label_logits, float* partner_logits, cudaStream_t stream) {
+  const int64_t blocks = (job.num_rows + 255) / 256;
+  label_logits_kernel<<<static_cast<unsigned>(blocks < 4096 ? blocks : 4096), 256, 0, stream>>>(job, label_logits,
+                                                                                                partner_logits);
+  check_launch("kd_loss label logits");
 }
 
 void launch_totals(const Job& job, const Totals& totals, cudaStream_t stream) {

@@ -9,7 +9,7 @@ R rows of a micro-batch with partners, M = B * k, L positions, C classes.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mixkd_fast.data.next_tokens import next_token_labels, response_mask
 from mixkd_fast.data.tokenization import TokenRows
 from mixkd_fast.errors import ConfigurationError, ModelError
 from mixkd_fast.mix import first_rows
@@ -26,7 +27,7 @@ from mixkd_fast.mixing import Mixing, draw_lam
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ON_HOST = ("row_ids", "row_lengths", "mixed_lengths")
+_ON_HOST = ("row_ids", "row_lengths", "mixed_lengths", "prompt_lengths")
 # One stream of random numbers per purpose: an option that draws more of one kind leaves the others alone.
 _ORDER, _PARTNERS, _LAM = 0, 1, 2
 
@@ -42,7 +43,8 @@ class Batch:
     token_type_ids: Tensor | None
     """int64 [R, L]; None if the tokenizer makes none."""
     labels: Tensor
-    """int64 [R] for a classification, float32 [R] for a regression."""
+    """int64 [R] for a classification, float32 [R] for a regression; for a causal language model int64 [R, L], already
+    shifted: the token that position t predicts, or -100 (see `next_tokens`)."""
     soft_labels: Tensor | None
     """float32 [R, C]; one-hot for rows with a hard label only; None if no row of the data set has its own."""
     row_ids: Tensor
@@ -57,6 +59,12 @@ class Batch:
     """Tokens of the clean rows."""
     teacher_logits: Tensor | None = None
     """float32 [B, C]: the teacher's logits of the clean rows, where a store has them."""
+    teacher_hidden: Tensor | None = None
+    """[B, L, H]: a language model's hidden states at the targets of the clean rows, where an offline store has them."""
+    teacher_indices: Tensor | None = None
+    """int32 [B, L, K]: the classes that an offline store has kept, at the targets of the clean rows."""
+    teacher_logprobs: Tensor | None = None
+    """float32 [B, L, K]: their log-probabilities, at the store's temperature."""
     row_lengths: Tensor | None = None
     """int64 [R], on the CPU: tokens of each row; None where padding is not on the right."""
     mixed_lengths: Tensor | None = None
@@ -65,12 +73,21 @@ class Batch:
     """Tokens per clean row of the step's whole batch, over all micro-batches and ranks; None in evaluation."""
     mean_mixed_tokens: float | None = None
     """Positions that a mixed row of the step's whole batch keeps, on average."""
+    prompt_lengths: Tensor | None = None
+    """int64 [R], on the CPU: tokens of a causal language model's row that are not learnt; None for other kinds."""
+    mean_targets: float | None = None
+    """Labels that are not -100 per clean row of the step's whole batch, over all micro-batches and ranks; None in
+    evaluation and for other kinds."""
+    mean_mixed_targets: float | None = None
+    """Positions that both rows of a mixed pair learn from, per mixed row of the step's whole batch."""
+    companion: "Batch | None" = None
+    """As many further rows that a method's `prepare_batch` sets beside these, with a mean_targets of their own."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with every tensor on `device`, but for row_ids and lengths, which the host asks for."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
-            if isinstance(value, Tensor) and name not in _ON_HOST:
+            if isinstance(value, (Tensor, Batch)) and name not in _ON_HOST:
                 values[name] = value.to(device, non_blocking=non_blocking)
         return Batch(**values)
 
@@ -205,14 +222,14 @@ def micro_batches(
             f"{micro_batch_size} times {world} ranks"
         )
     cuts = range(0, num_rows + 1, micro_batch_size) if draw.cuts is None else draw.cuts.tolist()
-    mean_tokens, mean_mixed_tokens = _mean_tokens(rows, draw)
+    means = _means(rows, draw)
     batches = []
     for start, end in list(pairwise(cuts))[rank::world]:
         here, size = slice(start, end), end - start
         row_ids = draw.row_ids[here]
         if draw.partner_ids is None or draw.lam is None:
             batches.append(_collate(rows, row_ids, size, padding))
-            batches[-1].mean_tokens = mean_tokens
+            batches[-1] = replace(batches[-1], **means)
             continue
         partner_ids_M = draw.partner_ids.reshape(-1, num_rows)[:, here].ravel()
         lam_M = draw.lam.reshape(-1, num_rows)[:, here].ravel()
@@ -226,19 +243,25 @@ def micro_batches(
             other = batch.row_lengths[batch.partner]
             # As `mixed_attention_mask`: a row of weight 0 keeps nothing.
             batch.mixed_lengths = torch.maximum(own * (batch.lam > 0), other * (batch.lam < 1))
-        batch.mean_tokens, batch.mean_mixed_tokens = mean_tokens, mean_mixed_tokens
-        batches.append(batch)
+        batches.append(replace(batch, **means))
     return batches
 
 
-def _mean_tokens(rows: TokenRows, draw: Draw) -> tuple[float, float | None]:
-    """Tokens per clean row, and positions that a mixed row keeps, on average over a whole step."""
+def _means(rows: TokenRows, draw: Draw) -> dict[str, Any]:
+    """Tokens per clean row and positions that a mixed row keeps, on average over a whole step; targets likewise."""
     lengths_N = rows.lengths[draw.row_ids]
+    means: dict[str, Any] = {"mean_tokens": float(lengths_N.mean())}
+    if rows.prompt_lengths is not None:
+        means["mean_targets"] = float(rows.num_targets[draw.row_ids].mean())
     if draw.partner_ids is None or draw.lam is None:
-        return float(lengths_N.mean()), None
-    own_M = np.tile(lengths_N, len(draw.partner_ids) // len(lengths_N))
-    kept_M = np.maximum(own_M * (draw.lam > 0), rows.lengths[draw.partner_ids] * (draw.lam < 1))
-    return float(lengths_N.mean()), float(kept_M.mean())
+        return means
+    own_ids_M = np.tile(draw.row_ids, len(draw.partner_ids) // len(lengths_N))
+    own_M, other_M = rows.lengths[own_ids_M], rows.lengths[draw.partner_ids]
+    means["mean_mixed_tokens"] = float(np.maximum(own_M * (draw.lam > 0), other_M * (draw.lam < 1)).mean())
+    if rows.prompt_lengths is not None:
+        starts_M = np.maximum(rows.prompt_lengths[own_ids_M], rows.prompt_lengths[draw.partner_ids]).clip(min=1)
+        means["mean_mixed_targets"] = float((np.minimum(own_M, other_M) - starts_M).clip(min=0).mean())
+    return means
 
 
 class EvaluationBatches:
@@ -313,11 +336,19 @@ def _collate(rows: TokenRows, row_ids_R: NDArray[np.int64], num_rows: int, paddi
     token_types = None
     if rows.token_types is not None:
         token_types = torch.from_numpy(np.where(mask_RL, rows.token_types[flat_RL], 0).astype(np.int64))
+    input_ids = torch.from_numpy(np.where(mask_RL, rows.tokens[flat_RL], padding.token_id).astype(np.int64))
+    attention_mask = torch.from_numpy(mask_RL.astype(np.int64))
+    prompt_lengths = None
+    if rows.prompt_lengths is None:
+        labels = torch.from_numpy(rows.labels[row_ids_R])
+    else:
+        prompt_lengths = torch.from_numpy(rows.prompt_lengths[row_ids_R])
+        labels = next_token_labels(input_ids, response_mask(prompt_lengths, attention_mask), attention_mask)
     return Batch(
-        input_ids=torch.from_numpy(np.where(mask_RL, rows.tokens[flat_RL], padding.token_id).astype(np.int64)),
-        attention_mask=torch.from_numpy(mask_RL.astype(np.int64)),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
         token_type_ids=token_types,
-        labels=torch.from_numpy(rows.labels[row_ids_R]),
+        labels=labels,
         soft_labels=torch.from_numpy(rows.soft_labels[row_ids_R]) if rows.soft_labels is not None else None,
         row_ids=torch.from_numpy(row_ids_R.copy()),
         partner=None,
@@ -325,6 +356,7 @@ def _collate(rows: TokenRows, row_ids_R: NDArray[np.int64], num_rows: int, paddi
         num_rows=num_rows,
         num_tokens=int(lengths_R[:num_rows].sum()),
         row_lengths=None if padding.side == "left" else torch.from_numpy(lengths_R),
+        prompt_lengths=prompt_lengths,
     )
 
 

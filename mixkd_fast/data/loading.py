@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from mixkd_fast.configuration import Task
 from mixkd_fast.data import labels as label_columns
+from mixkd_fast.data import language_columns
 from mixkd_fast.data.shards import rows_of_part
-from mixkd_fast.data.sources import Source, demo, from_object, read_files, read_hub
+from mixkd_fast.data.sources import Source, demo, from_object, is_blank, read_files, read_hub, texts_of
 from mixkd_fast.data.tasks import TaskSpec, detect_columns, resolve
 from mixkd_fast.errors import ConfigurationError, DataError
 
@@ -28,6 +29,7 @@ class Splits:
     an extra row that its teacher will label), soft_labels
     (C float32 with the sum 1; training rows only, if any of them has its own) and row (int64: the row's number in the
     split before a subset was drawn; extra training rows count on).
+    Those of a causal language model have the columns of `language_columns` instead.
     """
 
     spec: TaskSpec
@@ -54,6 +56,8 @@ def load_splits(
             '["dev.tsv"]}' + (", or pass evaluation" if train is not None else "")
         )
     train_sources, evaluation_sources = _open(spec, train, evaluation, want_train=True)
+    if spec.kind == "causal_lm":
+        return _language_splits(spec, train_sources, evaluation_sources)
     spec = detect_columns(spec, train_sources[0].rows.column_names, train_sources[0].where)
     extra_sources = read_files(spec.extra_train_files, "extra_train_files")
     labelled_sources = [*train_sources, *extra_sources] if spec.reads_extra_labels else train_sources
@@ -65,11 +69,11 @@ def load_splits(
             f"task.soft_label_columns has {len(soft_columns)} columns, but there are {spec.num_labels} classes "
             f"({', '.join(spec.label_names or ())}): one column per class, in label order, is needed"
         )
-    main = _concatenate([_normalise(spec, source, soft_columns) for source in train_sources])
+    main = _concatenate([normalise(spec, source, soft_columns) for source in train_sources])
     main = _subset(spec, main)
     if spec.partition is not None:
         main = main.take(pa.array(rows_of_part(_strata(spec, main, _REGRESSION_BINS), spec.partition)))
-    extra = [_normalise(spec, source, soft_columns, spec.reads_extra_labels) for source in extra_sources]
+    extra = [normalise(spec, source, soft_columns, spec.reads_extra_labels) for source in extra_sources]
     num_extra_rows = sum(len(table) for table in extra)
     num_train_rows = sum(len(source.rows) for source in train_sources)
     if extra:
@@ -88,6 +92,9 @@ def load_evaluation(
     spec = resolve(task, in_memory=own_rows and task.train_files is None and task.hub is None)
     _, sources = _open(spec, None, evaluation, want_train=False)
     first = next(iter(sources.values()))[0]
+    if spec.kind == "causal_lm":
+        spec = language_columns.detect(spec, first)
+        return spec, _language_evaluation(spec, sources)
     spec = detect_columns(spec, first.rows.column_names, first.where)
     if spec.kind == "classification" and spec.label_names is None:
         first.require(spec.label_column, "label_column")
@@ -99,6 +106,23 @@ def load_evaluation(
             )
         spec = replace(spec, label_names=tuple(names))
     return spec, _evaluation_rows(spec, sources)
+
+
+def _language_splits(
+    spec: TaskSpec, train_sources: Sequence[Source], evaluation_sources: Mapping[str, Sequence[Source]]
+) -> Splits:
+    """Documents, or instructions and their answers."""
+    spec = language_columns.detect(spec, train_sources[0])
+    main = _subset(spec, _concatenate([language_columns.normalise(spec, source) for source in train_sources]))
+    return Splits(spec, Dataset(main), _language_evaluation(spec, evaluation_sources), 0)
+
+
+def _language_evaluation(spec: TaskSpec, sources: Mapping[str, Sequence[Source]]) -> dict[str, Dataset]:
+    tables = {
+        split: _concatenate([language_columns.normalise(spec, source) for source in of])
+        for split, of in sources.items()
+    }
+    return {split: Dataset(table.slice(0, spec.evaluation_rows)) for split, table in tables.items()}
 
 
 def stratified_rows(strata: NDArray[np.int64], num_wanted: int, seed: int) -> NDArray[np.int64]:
@@ -183,14 +207,17 @@ def _present_soft_columns(spec: TaskSpec, sources: Sequence[Source]) -> tuple[st
     return columns
 
 
-def _normalise(spec: TaskSpec, source: Source, soft_columns: tuple[str, ...] | None, labelled: bool = True) -> pa.Table:
-    """The uniform columns of one source; `row` is the number in the source. Unlabelled rows hold placeholders."""
+def normalise(spec: TaskSpec, source: Source, soft_columns: tuple[str, ...] | None, labelled: bool = True) -> pa.Table:
+    """The uniform columns of one source (see `Splits`); `row` is the number in it. Unlabelled rows hold placeholders.
+
+    Raises: as `load_splits`.
+    """
     assert spec.text_column is not None
-    columns = {"text": _texts(source, spec.text_column, "text_column")}
-    blank = _is_blank(columns["text"])
+    columns = {"text": texts_of(source, spec.text_column, "text_column")}
+    blank = is_blank(columns["text"])
     if spec.text_pair_column is not None:
-        columns["text_pair"] = _texts(source, spec.text_pair_column, "text_pair_column")
-        blank &= _is_blank(columns["text_pair"])
+        columns["text_pair"] = texts_of(source, spec.text_pair_column, "text_pair_column")
+        blank &= is_blank(columns["text_pair"])
     if blank.any():
         raise DataError(
             f"{source.where}, row {int(np.argmax(blank))} (counted from 0): the text is empty "
@@ -248,29 +275,6 @@ def _class_columns(spec: TaskSpec, source: Source, soft_columns: tuple[str, ...]
     return columns
 
 
-def _texts(source: Source, column: str, field: str) -> pa.Array:
-    source.require(column, field)
-    values = source.column(column)
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    wrong_type = not any(
-        test(values.type) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    )
-    if wrong_type or values.null_count:
-        raw = source.rows[column][:]
-        row = next((row for row, value in enumerate(raw) if not isinstance(value, str)), 0)
-        raise DataError(
-            f'{source.where}, row {row} (counted from 0), column "{column}": {raw[row]!r} is '
-            f"{'empty' if raw[row] is None else 'of type ' + type(raw[row]).__name__}; allowed: text (task.{field})"
-        )
-    return pc.cast(values, pa.large_string())
-
-
-def _is_blank(texts: pa.Array) -> NDArray[np.bool_]:
-    lengths = pc.utf8_length(pc.utf8_trim_whitespace(texts))
-    return np.asarray(pc.equal(lengths, 0).to_numpy(zero_copy_only=False))
-
-
 def _concatenate(tables: Sequence[pa.Table]) -> pa.Table:
     """One table whose `row` counts through all of them."""
     starts = np.cumsum([0, *(len(table) for table in tables)])
@@ -306,6 +310,8 @@ def _subset(spec: TaskSpec, table: pa.Table) -> pa.Table:
 
 def _strata(spec: TaskSpec, table: pa.Table, bins: int) -> NDArray[np.int64]:
     """What a draw keeps the shares of: the classes, or bins of equally many rows of like label in a regression."""
+    if spec.kind == "causal_lm":
+        return np.zeros(len(table), dtype=np.int64)
     values: NDArray[Any] = table["label"].to_numpy()
     if spec.kind == "classification":
         return values
@@ -316,5 +322,5 @@ def _strata(spec: TaskSpec, table: pa.Table, bins: int) -> NDArray[np.int64]:
 
 def _evaluation_rows(spec: TaskSpec, sources: Mapping[str, Sequence[Source]]) -> dict[str, Dataset]:
     # Evaluation is measured against hard labels, so soft ones are not read.
-    tables = {split: _concatenate([_normalise(spec, source, None) for source in of]) for split, of in sources.items()}
+    tables = {split: _concatenate([normalise(spec, source, None) for source in of]) for split, of in sources.items()}
     return {split: Dataset(table.slice(0, spec.evaluation_rows)) for split, table in tables.items()}

@@ -8,14 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, load_dataset
+from numpy.typing import NDArray
 
 from mixkd_fast.data.tasks import GLUE, TaskSpec, nearest, quoted
 from mixkd_fast.errors import DataError
 
-FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,31 @@ def demo(train: bool, evaluation: bool) -> tuple[Source | None, dict[str, Source
     )
 
 
+def texts_of(source: Source, column: str, field: str) -> pa.Array:
+    """A column of texts. Raises: DataError at the first row that holds something else, or nothing."""
+    source.require(column, field)
+    values = source.column(column)
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    wrong_type = not any(
+        test(values.type) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    )
+    if wrong_type or values.null_count:
+        raw = source.rows[column][:]
+        row = next((row for row, value in enumerate(raw) if not isinstance(value, str)), 0)
+        raise DataError(
+            f'{source.where}, row {row} (counted from 0), column "{column}": {raw[row]!r} is '
+            f"{'empty' if raw[row] is None else 'of type ' + type(raw[row]).__name__}; allowed: text (task.{field})"
+        )
+    return pc.cast(values, pa.large_string())
+
+
+def is_blank(texts: pa.Array) -> NDArray[np.bool_]:
+    """Which texts are empty, or white space alone: bool [rows]."""
+    lengths = pc.utf8_length(pc.utf8_trim_whitespace(texts))
+    return np.asarray(pc.equal(lengths, 0).to_numpy(zero_copy_only=False))
+
+
 def _read_file(path: str, field: str) -> Source:
     file = Path(path).expanduser()
     where = f'file "{path}" (task.{field})'
@@ -111,6 +146,8 @@ def _read_file(path: str, field: str) -> Source:
         raise DataError(f"{where} is empty; at least one row is needed")
     try:
         options = _csv_options(file, where) if FORMATS[file.suffix] == "csv" else {}
+        if FORMATS[file.suffix] == "text":
+            options = {"sample_by": "document"}
         with _no_progress_bar():
             found = load_dataset(FORMATS[file.suffix], data_files={"rows": [str(file)]}, **options)
     except DataError:

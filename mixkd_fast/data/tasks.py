@@ -7,13 +7,20 @@ from typing import Literal
 
 from mixkd_fast.configuration import Task
 from mixkd_fast.errors import ConfigurationError, DataError
+from mixkd_fast.language_task import LANGUAGE_METRICS
 from mixkd_fast.partition import Partition
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "causal_lm"]
 
 METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
+    "causal_lm": LANGUAGE_METRICS,
+}
+_DEFAULT_METRICS = {
+    "classification": ("accuracy",),
+    "regression": ("pearson", "spearman"),
+    "causal_lm": ("perplexity", "token_accuracy"),
 }
 GLUE = "nyu-mll/glue"
 
@@ -86,12 +93,16 @@ class TaskSpec:
     evaluation_rows: int | None
     subset_seed: int
     partition: Partition | None
+    prompt_column: str | None = None
+    """A causal language model learns instructions where this is set, else plain text."""
+    input_column: str | None = None
+    response_column: str | None = None
 
     @property
     def num_labels(self) -> int:
-        """Width of the logits: classes, or 1 for a regression."""
-        if self.kind == "regression":
-            return 1
+        """Width of the logits: classes, 1 for a regression, 0 for a causal language model (its vocabulary's affair)."""
+        if self.kind != "classification":
+            return 1 if self.kind == "regression" else 0
         assert self.label_names is not None, "label names are known once the data is open"
         return len(self.label_names)
 
@@ -125,7 +136,7 @@ def resolve(task: Task, in_memory: bool = False) -> TaskSpec:
     same_kind = known is not None and kind == known.kind
     metrics = tuple(task.metrics) if task.metrics is not None else None
     if metrics is None:
-        metrics = known.metrics if known and same_kind else METRICS[kind][: 1 if kind == "classification" else 2]
+        metrics = known.metrics if known and same_kind else _DEFAULT_METRICS[kind]
     _check_labels(task, kind)
     _check_metrics(metrics, kind)
     text = task.text_column or (known.text if known else None)
@@ -165,6 +176,9 @@ def resolve(task: Task, in_memory: bool = False) -> TaskSpec:
         evaluation_rows=task.evaluation_rows,
         subset_seed=task.subset_seed,
         partition=task.partition,
+        prompt_column=task.prompt_column,
+        input_column=task.input_column,
+        response_column=task.response_column,
     )
 
 
@@ -214,6 +228,8 @@ def _check_source(task: Task, known: KnownTask | None, in_memory: bool) -> None:
 
 
 def _check_labels(task: Task, kind: Kind) -> None:
+    if kind == "causal_lm":
+        return  # the section itself refuses them
     if kind == "regression":
         for field in ("label_names", "soft_label_columns"):
             if getattr(task, field) is not None:

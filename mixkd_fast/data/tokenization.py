@@ -35,7 +35,7 @@ class TokenRows:
     token_types: NDArray[np.uint8] | None
     """None if the tokenizer makes none."""
     labels: NDArray[np.int64] | NDArray[np.float32]
-    """[rows]: int64 class numbers, or float32 for a regression."""
+    """[rows]: int64 class numbers, float32 for a regression, 0 for a causal language model (its tokens are labels)."""
     soft_labels: NDArray[np.float32] | None
     """[rows, C]"""
     source_rows: NDArray[np.int64]
@@ -44,6 +44,10 @@ class TokenRows:
     num_truncated: int
     content_hash: str
     """sha256 over texts, labels, row numbers, tokenizer and max_length."""
+    prompt_lengths: NDArray[np.int64] | None = None
+    """[rows]: the first tokens of a causal language model's row, which are not learnt; None for other kinds."""
+    num_dropped: int = 0
+    """Rows that were left out, because their prompt leaves no room for an answer."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -52,6 +56,17 @@ class TokenRows:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of every row."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def num_targets(self) -> NDArray[np.int64]:
+        """Tokens of every row that a causal language model learns to predict; see `next_tokens`."""
+        assert self.prompt_lengths is not None
+        return self.lengths - np.maximum(self.prompt_lengths, 1)
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a row on average."""
+        return float(self.lengths.mean())
 
     @property
     def truncated_share(self) -> float:
@@ -100,7 +115,7 @@ def tokenize_rows(
         arrays |= fixed
         meta = {"num_truncated": num_truncated}
         if cache_dir is not None:
-            arrays = _store(cache_dir, key, arrays, meta)
+            arrays = store(cache_dir, key, arrays, meta)
     return TokenRows(
         tokens=arrays["tokens"],
         offsets=arrays["offsets"],
@@ -114,7 +129,7 @@ def tokenize_rows(
     )
 
 
-def _store(cache_dir: Path, key: str, arrays: dict[str, NDArray[Any]], meta: dict[str, int]) -> dict[str, NDArray[Any]]:
+def store(cache_dir: Path, key: str, arrays: dict[str, NDArray[Any]], meta: dict[str, int]) -> dict[str, NDArray[Any]]:
     """Keep the arrays and return them as memory maps, or as they are if the cache cannot be written."""
     try:
         array_store.save(cache_dir / key, arrays, meta)
@@ -207,11 +222,11 @@ def _steps(num_rows: int, show_progress: bool) -> Any:
 def _content_hash(
     table: pa.Table, fixed: dict[str, NDArray[Any]], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> str:
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {max_length} {_fingerprint(tokenizer)}".encode())
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {max_length} {fingerprint(tokenizer)}".encode())
     for name in ("text", "text_pair"):
         if name in table.column_names:
             digest.update(f"\n{name} {len(table)} ".encode())
-            for buffer in _string_buffers(table[name]):
+            for buffer in string_buffers(table[name]):
                 digest.update(buffer)
     for name, array in fixed.items():
         digest.update(f"\n{name} {array.dtype.str} {array.shape} ".encode())
@@ -219,7 +234,7 @@ def _content_hash(
     return digest.hexdigest()
 
 
-def _string_buffers(column: pa.ChunkedArray) -> tuple[memoryview, memoryview]:
+def string_buffers(column: pa.ChunkedArray) -> tuple[memoryview, memoryview]:
     """Row ends and characters, whatever chunks or slices the column consists of."""
     values = pc.cast(column, pa.large_string()).combine_chunks()
     values = values if isinstance(values, pa.Array) else pa.concat_arrays(values.chunks)
@@ -229,7 +244,7 @@ def _string_buffers(column: pa.ChunkedArray) -> tuple[memoryview, memoryview]:
     return (offsets - offsets[0]).data, text
 
 
-def _fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """sha256 over everything that decides about the tokens of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:

@@ -9,12 +9,20 @@ from mixkd_fast.methods.cckd import CCKD
 from mixkd_fast.methods.cilda import CILDA
 from mixkd_fast.methods.cr_ild import CRILD
 from mixkd_fast.methods.data_partition import DataPartition
+from mixkd_fast.methods.distillm import DistiLLM
+from mixkd_fast.methods.distillm2 import DistiLLM2
 from mixkd_fast.methods.dml import DML
+from mixkd_fast.methods.dpkd import DPKD
 from mixkd_fast.methods.ensemble import Ensemble
 from mixkd_fast.methods.finetune import FineTune
+from mixkd_fast.methods.gkd import GKD
 from mixkd_fast.methods.inheritance import Inheritance
 from mixkd_fast.methods.kd import KD
 from mixkd_fast.methods.label_revision import LabelRevision
+from mixkd_fast.methods.language import LanguageMethod
+from mixkd_fast.methods.lm_kd import LanguageKD
+from mixkd_fast.methods.minillm import MiniLLM
+from mixkd_fast.methods.miniplm import MiniPLM
 from mixkd_fast.methods.mixkd import MixKD
 from mixkd_fast.methods.pkd import PKD
 from mixkd_fast.methods.pkt import PKT
@@ -26,12 +34,19 @@ AnyMethod = Annotated[
     | CILDA
     | CRILD
     | DataPartition
+    | DistiLLM
+    | DistiLLM2
     | DML
+    | DPKD
     | Ensemble
     | FineTune
+    | GKD
     | Inheritance
     | KD
     | LabelRevision
+    | LanguageKD
+    | MiniLLM
+    | MiniPLM
     | MixKD
     | PKD
     | PKT
@@ -45,17 +60,25 @@ __all__ = [
     "CILDA",
     "CRILD",
     "DML",
+    "DPKD",
+    "GKD",
     "KD",
     "PKD",
     "PKT",
     "RDD",
     "AnyMethod",
     "DataPartition",
+    "DistiLLM",
+    "DistiLLM2",
     "Ensemble",
     "FineTune",
     "Inheritance",
     "LabelRevision",
+    "LanguageKD",
+    "LanguageMethod",
     "Method",
+    "MiniLLM",
+    "MiniPLM",
     "MixKD",
     "Moment",
     "ReffAKD",

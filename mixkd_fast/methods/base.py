@@ -5,9 +5,9 @@ Legend of shape suffixes: B clean rows of the micro-batch, M = B * mixed_rows mi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mixkd_fast.data.tokenization import TokenRows
     from mixkd_fast.models import Encoder
 
-Kind = Literal["classification", "regression"]
+Kind = Literal["classification", "regression", "causal_lm"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,38 @@ class Moment:
     step: int
     total_steps: int
     epoch: float
+
+
+class Texts(Protocol):
+    """Rows of ordinary text beside the data set."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, numbers: NDArray[np.int64]) -> Batch:
+        """These rows as one training batch, on the CPU."""
+        ...
+
+
+class RowScores(NamedTuple):
+    """How likely a model finds rows of text."""
+
+    rows: NDArray[np.int64]
+    """[N]: numbers in the source, ascending; rows that were too long for a prompt and an answer are not scored."""
+    mean_nll: NDArray[np.float64]
+    """[N]: mean negative log-likelihood of a row's targets, in nats."""
+    read_by: tuple[str, int]
+    """Hash of the tokenizer, and max_length in tokens, that made sequences of the rows."""
+
+
+class RowChoice(NamedTuple):
+    """Which rows are trained on, and why."""
+
+    rows: NDArray[np.int64]
+    """[N]: numbers in the source of all rows that have a score, ascending."""
+    scores: NDArray[np.float64]
+    """[N]: higher is better."""
+    kept: NDArray[np.bool_]
+    """[N]"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +78,7 @@ class Setting:
     rows: TokenRows
     """All training rows, the same on every rank."""
     num_labels: int
-    """1 for a regression."""
+    """1 for a regression, 0 for a causal language model."""
     kind: Kind
     tokenizer: Any
     seed: int
@@ -59,12 +91,16 @@ class Setting:
     load_masked_lm: Callable[[str, str], Encoder]
     """(hub name or folder, field for messages) -> a masked language model with the student's tokenizer, fp32 on the
     CPU; its logits are [B, L, V]."""
+    load_texts: Callable[[list[str], str], Texts]
+    """(files of plain text, field for messages) -> packed rows of a causal language model."""
     new_student: Callable[[int], Encoder]
     """Seed -> one more student as the configuration describes it, fp32 on the CPU."""
     share: Callable[[Any], Any]
     """A value of every rank -> rank 0's, on every rank."""
     sum_over_ranks: Callable[[Tensor], Tensor] = torch.Tensor.clone
     """Sum a tensor over all ranks, for what a pass of `collect` adds up by itself; one rank's by default."""
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    """A value of every rank -> all of them in rank order, on every rank; one rank's by default."""
 
 
 class Method(Section):
@@ -74,6 +110,8 @@ class Method(Section):
     """Whether a run of this method needs a teacher, unless its options say otherwise (`needs_teacher`)."""
     kinds: ClassVar[tuple[Kind, ...]] = ("classification", "regression")
     """Kinds of tasks that the method is defined for."""
+    takes_stored_teacher: ClassVar[bool] = False
+    """Whether its loss asks the teacher about the corpus's own rows alone, by `token_terms`: a store can answer."""
 
     def mixing(self) -> Mixing | None:
         """How rows are paired and interpolated, or None if the method needs no mixed rows."""
@@ -138,6 +176,13 @@ class Method(Section):
         """
         return None
 
+    def choose_rows(self, scores: Callable[[str, str], RowScores]) -> RowChoice | None:
+        """Which training rows to train on, asked before the run; None for all of them.
+
+        Args: scores = (folder of a store of kind "nll", field for messages) -> its scores of the training rows.
+        """
+        return None
+
     def teacher_logits(self, batch: Batch, teacher: Any, extras: nn.Module | None) -> Tensor:
         """What the run reports and compares with as the teacher's answers in evaluation: logits [B, C]."""
         logits: Tensor = teacher.clean(batch).logits
@@ -159,6 +204,25 @@ class Method(Section):
         rows of the whole accumulated, cross-rank batch, divided by its number of rows: the engine divides.
         """
         raise NotImplementedError
+
+    @property
+    def prepares_batches(self) -> bool:
+        """Whether `prepare_batch` does anything; the run counts the targets of the step anew after it."""
+        return type(self).prepare_batch is not Method.prepare_batch
+
+    def prepare_batch(
+        self, batch: Batch, student: Any, teacher: Any | None, extras: nn.Module | None, moment: Moment
+    ) -> Batch:
+        """The micro-batch to train on in the place of this one, such as rows that the student generates.
+
+        Called before the step for every micro-batch, on every rank, without gradients, the student in evaluation
+        mode; torch's generator is seeded by (seed, step, rank). The number of rows must stay; `mean_targets` is set
+        anew by the run, over all micro-batches and ranks, and so is that of a `companion`.
+        """
+        return batch
+
+    def after_evaluation(self, metrics: Mapping[str, Mapping[str, float]], extras: nn.Module | None) -> None:
+        """Called on every rank after each evaluation, before a checkpoint: split -> metric -> value of the student."""
 
     @property
     def follows_steps(self) -> bool:

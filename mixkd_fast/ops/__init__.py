@@ -4,7 +4,7 @@ Legend of shape suffixes: `...` any leading row shape, C classes, K kept classes
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,64 @@ KDLossBackend = Callable[[LossInputs, RowOptions, Reduction, int], tuple[Tensor,
 """A backend of kd_loss: (inputs, options, reduction, ignore_index) -> (loss, kd, ce), loss = kd + ce, the parts
 detached; [] for "mean" and "sum", [...] for "none"; fp32, or fp64 if student or teacher is. A dropped row is 0 with
 gradient 0."""
+
+
+class HeadInputs(NamedTuple):
+    """One side of `mixkd_fast.losses.linear_kd_loss`: z = scale (hidden weight^T + bias), then the soft-cap.
+
+    hidden [..., H]; weight [C, H]; bias [C]; softcap: cap tanh(z / cap).
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+class LinearInputs(NamedTuple):
+    """Checked tensors of one call of `mixkd_fast.losses.linear_kd_loss`; from labels on as `LossInputs`.
+
+    Only the student's hidden states, weight and bias receive gradients; teacher None only at kd_weight 0.
+    """
+
+    student: HeadInputs
+    teacher: HeadInputs | TopK | None
+    labels: Tensor | None = None
+    partner_labels: Tensor | None = None
+    lam: Tensor | float | None = None
+    row_weights: Tensor | None = None
+    normalizer: Tensor | float | None = None
+
+
+class LinearLimits(NamedTuple):
+    """Where the logits of a call may be; meanings as in `mixkd_fast.losses.linear_kd_loss`."""
+
+    max_logits_mib: float = 512
+    logit_free: bool = False
+    process_group: Any = None
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether statistics of a row are put together from parts of the vocabulary."""
+        return self.logit_free or self.process_group is not None
+
+
+class LinearResults(NamedTuple):
+    """What a backend of linear_kd_loss returns: loss = kd + ce, reduced; the weighted rows [...] of both.
+
+    `loss` alone carries the gradient. fp32, or fp64 if an input is. A dropped row is 0 with gradient 0.
+    """
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+    kd_rows: Tensor
+    ce_rows: Tensor
+
+
+LinearKDLossBackend = Callable[[LinearInputs, RowOptions, Reduction, int, LinearLimits], LinearResults]
+"""A backend of linear_kd_loss: (inputs, options, reduction, ignore_index, limits) -> results."""
 
 
 class MixInputs(NamedTuple):

@@ -73,6 +73,24 @@ def _triton_kd_loss() -> Callable[..., Any]:
     return kd_loss_triton
 
 
+def _reference_linear_kd_loss() -> Callable[..., Any]:
+    from mixkd_fast.ops.linear_reference import linear_kd_loss
+
+    return linear_kd_loss
+
+
+def _fused_linear_kd_loss() -> Callable[..., Any]:
+    from mixkd_fast.ops.linear_fused import linear_kd_loss
+
+    return linear_kd_loss
+
+
+def _triton_linear_kd_loss() -> Callable[..., Any]:
+    from mixkd_fast.ops.linear_fused import linear_kd_loss_triton
+
+    return linear_kd_loss_triton
+
+
 def _reference_mix_embeddings() -> Callable[..., Any]:
     from mixkd_fast.ops.mix_reference import mix_embeddings
 
@@ -118,6 +136,10 @@ TABLE: dict[tuple[str, str], Entry] = {
     ("kd_loss", "cpu"): Entry(_fused_kd_loss, _cpu_missing),
     ("kd_loss", "triton"): Entry(_triton_kd_loss, _triton_missing),
     ("kd_loss", "cuda"): Entry(_fused_kd_loss, _cuda_missing),
+    ("linear_kd_loss", "reference"): Entry(_reference_linear_kd_loss, _always_there),
+    ("linear_kd_loss", "cpu"): Entry(_fused_linear_kd_loss, _cpu_missing),
+    ("linear_kd_loss", "triton"): Entry(_triton_linear_kd_loss, _triton_missing),
+    ("linear_kd_loss", "cuda"): Entry(_fused_linear_kd_loss, _cuda_missing),
     ("mix_embeddings", "reference"): Entry(_reference_mix_embeddings, _always_there),
     ("mix_embeddings", "cpu"): Entry(_fused_mix_embeddings, _cpu_missing),
     ("mix_embeddings", "triton"): Entry(_triton_mix_embeddings, _triton_missing),

@@ -59,20 +59,23 @@ def check_normalizer(normalizer: Tensor | float, reduction: str) -> None:
         refuse("normalizer", f"a tensor of shape {tuple(normalizer.shape)}", "a number or one element")
 
 
-def check_tensors(inputs: LossInputs, options: RowOptions) -> None:
-    """Raise ValueError for shapes, dtypes and combinations that are not those of `kd_loss`."""
+def check_tensors(inputs: LossInputs, options: RowOptions, kind: str = "logits") -> None:
+    """Raise ValueError for shapes, dtypes and combinations that are not those of `kd_loss`.
+
+    Args: kind = what the caller gave, of which `inputs` holds the logits: errors speak of student_{kind}.
+    """
     student_logits, teacher, labels, partner_labels, lam, row_weights, _ = inputs
     rows = student_logits.shape[:-1]
-    _check_logits("student_logits", student_logits, rows)
+    _check_logits(f"student_{kind}", student_logits, rows)
     if isinstance(teacher, TopK):
-        _check_logits("teacher_logits.indices", teacher.indices, rows, "K", INTEGER)
-        _check_rows("teacher_logits.logprobs", teacher.logprobs, teacher.indices.shape, FLOATING)
+        _check_logits(f"teacher_{kind}.indices", teacher.indices, rows, "K", INTEGER)
+        _check_rows(f"teacher_{kind}.logprobs", teacher.logprobs, teacher.indices.shape, FLOATING)
         if options.divergence == "mse":
             raise ValueError("divergence is 'mse', which compares logits; a TopK teacher has none")
     elif teacher is not None:
-        _check_logits("teacher_logits", teacher, rows)
+        _check_logits(f"teacher_{kind}", teacher, rows)
     elif options.kd_weight != 0:
-        raise ValueError(f"teacher_logits is None; allowed only with kd_weight 0, not {options.kd_weight}")
+        raise ValueError(f"teacher_{kind} is None; allowed only with kd_weight 0, not {options.kd_weight}")
     if labels is not None:
         _check_rows("labels", labels, rows, INTEGER)
     elif options.ce_weight != 0 or partner_labels is not None:
@@ -87,14 +90,14 @@ def check_tensors(inputs: LossInputs, options: RowOptions) -> None:
         _check_rows("row_weights", row_weights, rows, FLOATING)
     device = student_logits.device
     if isinstance(teacher, TopK):
-        parts = {"teacher_logits.indices": teacher.indices, "teacher_logits.logprobs": teacher.logprobs}
-        check_devices(device, parts.items(), "student_logits")
+        parts = {f"teacher_{kind}.indices": teacher.indices, f"teacher_{kind}.logprobs": teacher.logprobs}
+        check_devices(device, parts.items(), f"student_{kind}")
         teacher = None
     for tensor in (teacher, labels, partner_labels, lam, row_weights):
         if isinstance(tensor, Tensor) and tensor.device != device:
-            names = ("teacher_logits", "labels", "partner_labels", "lam", "row_weights")
+            names = (f"teacher_{kind}", "labels", "partner_labels", "lam", "row_weights")
             tensors = (teacher, labels, partner_labels, lam, row_weights)
-            check_devices(device, zip(names, tensors, strict=True), "student_logits")
+            check_devices(device, zip(names, tensors, strict=True), f"student_{kind}")
 
 
 def check_devices(device: torch.device, tensors: Iterable[tuple[str, object]], of: str) -> None:
@@ -143,7 +146,9 @@ def check_indices(name: str, indices: Tensor | None, size: int) -> None:
         raise ValueError(f"{name} holds {indices[bad][0].item()}; allowed: 0 to {size - 1}")
 
 
-def kept_and_invalid_rows(inputs: LossInputs, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
+def kept_and_invalid_rows(
+    inputs: LossInputs, ignore_index: int, kind: str = "logits"
+) -> tuple[Tensor | None, Tensor | None]:
     """(keep, invalid), bool [...] or None: rows that count, and rows with a class number out of range.
 
     Raises: ValueError for such a row where the values may be read (see `kd_loss`).
@@ -173,5 +178,5 @@ def kept_and_invalid_rows(inputs: LossInputs, ignore_index: int) -> tuple[Tensor
         bad = (indices < 0) | (indices >= num_classes)
         if keep is not None:
             bad = bad & keep.unsqueeze(-1)
-        note_invalid("teacher_logits.indices", indices, bad, f"0 to {num_classes - 1}")
+        note_invalid(f"teacher_{kind}.indices", indices, bad, f"0 to {num_classes - 1}")
     return keep, invalid

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mixkd_fast.ops import DivergenceName, LossInputs, Reduction, RowOptions, TopK
 from mixkd_fast.ops.checks import readable
-from mixkd_fast.ops.schema import OVERLOADS, KDLossFunction, call_kernel, refuse_forward_mode
+from mixkd_fast.ops.schema import OVERLOADS, KDLossFunction, call_kernel, fits_in_place, refuse_forward_mode
 
 DIVERGENCE_INDEX = {name: index for index, name in enumerate(get_args(DivergenceName))}
 REDUCTION_INDEX = {name: index for index, name in enumerate(get_args(Reduction))}
@@ -60,8 +60,8 @@ def _call(
     if not compiling:
         refuse_forward_mode("kd_loss", (student_logits,))
     need_grad = student_logits.requires_grad and torch.is_grad_enabled()
-    labels, partner_labels = _rows(labels, torch.int64), _rows(partner_labels, torch.int64)
-    row_weights = _rows(row_weights, compute)
+    labels, partner_labels = flat_rows(labels, torch.int64), flat_rows(partner_labels, torch.int64)
+    row_weights = flat_rows(row_weights, compute)
     divisor = None
     if student_logits.dtype == torch.float16 and reduction == "mean":
         # A mean's gradient in half precision may be too small for it: the sum's is kept, and divided in the backward.
@@ -72,7 +72,7 @@ def _call(
         indices,
         labels,
         partner_labels,
-        _lam(lam, rows, compute, flat.device),
+        flat_lam(lam, rows, compute, flat.device),
         row_weights,
         _normalizer(normalizer, compute, flat.device),
         DIVERGENCE_INDEX[options.divergence],
@@ -95,7 +95,9 @@ def _call(
             loss, kd, ce, _ = OVERLOADS[name](flat, *arguments)
         elif need_grad:
             parts: list[Tensor] = []
-            loss = KDLossFunction.apply(flat, arguments, name, parts)
+            # A leaf is somebody's parameter, a copy of the logits not theirs to reuse.
+            in_place = options.inplace and not student_logits.is_leaf and fits_in_place(name, student_logits, arguments)
+            loss = KDLossFunction.apply(flat, arguments, name, parts, in_place)
             kd, ce = parts
         else:
             loss, kd, ce, _ = call_kernel(name, flat, arguments)
@@ -115,7 +117,7 @@ def _matrix(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def _rows(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def flat_rows(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """[...] as contiguous [N] of `dtype`."""
     if values is None:
         return None
@@ -128,13 +130,13 @@ def _rows(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return values.contiguous()
 
 
-def _lam(lam: Tensor | float | None, rows: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def flat_lam(lam: Tensor | float | None, rows: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """[N], filled on the device if it is one number: a copy from host memory would wait for it."""
     if lam is None:
         return None
     if not isinstance(lam, Tensor):
         return torch.full((rows.numel(),), lam, dtype=dtype, device=device)
-    return _rows(lam if lam.dim() > 0 else lam.expand(rows), dtype)
+    return flat_rows(lam if lam.dim() > 0 else lam.expand(rows), dtype)
 
 
 def _normalizer(normalizer: Tensor | float | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:

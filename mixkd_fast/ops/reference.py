@@ -257,15 +257,17 @@ def kd_loss(
         if keep is not None:
             kd, ce = torch.where(keep, kd, 0.0), torch.where(keep, ce, 0.0)
     if reduction == "mean":
-        divisor = _divisor(kd, weights, keep, inputs.normalizer)
+        divisor = divisor_of_rows(kd, weights, keep, inputs.normalizer)
         kd, ce = kd.sum() / divisor, ce.sum() / divisor
     elif reduction == "sum":
         kd, ce = kd.sum(), ce.sum()
     return kd + ce, kd.detach(), ce.detach()
 
 
-def _divisor(rows: Tensor, weights: Tensor | None, keep: Tensor | None, normalizer: Tensor | float | None) -> Tensor:
-    """What "mean" divides by, 0 replaced by 1: then there is nothing to divide."""
+def divisor_of_rows(
+    rows: Tensor, weights: Tensor | None, keep: Tensor | None, normalizer: Tensor | float | None
+) -> Tensor:
+    """What "mean" divides by, 0 replaced by 1: then there is nothing to divide. rows, weights, keep: [...]."""
     if normalizer is not None:
         divisor = torch.as_tensor(normalizer).detach().to(rows.dtype).reshape(())
     elif weights is not None:

@@ -23,6 +23,10 @@ ARGUMENTS = (
 NUM_ARGUMENTS = ARGUMENTS.count(",") + 1
 RESULTS = "(Tensor loss, Tensor kd, Tensor ce, Tensor grad_logits)"
 OPS = ("kd_loss", "kd_loss_triton")
+IN_PLACE_ARGUMENTS = ARGUMENTS.replace("Tensor student_logits", "Tensor(a!) student_logits").replace(
+    "bool need_grad, ", ""
+)
+IN_PLACE_RESULTS = "(Tensor loss, Tensor kd, Tensor ce)"
 NONE = 2
 """`reduction`: 0 mean, 1 sum, 2 none."""
 
@@ -39,6 +43,11 @@ def _fake(student_logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tens
     return loss, kd, ce, gradient
 
 
+def _in_place_fake(student_logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without a gradient of its own."""
+    return _fake(student_logits, *arguments[:-1], False, False)[:3]
+
+
 def _backward(grad_logits: Tensor, grad_output: Tensor) -> Tensor:
     """d / d student_logits: the gradient that the forward saved, times grad_output.
 
@@ -46,7 +55,7 @@ def _backward(grad_logits: Tensor, grad_output: Tensor) -> Tensor:
     handed on itself: where grad_output is 1 nothing is moved. The CPU looks at it here, a GPU in the kernel.
     """
     is_plain = type(grad_output) is Tensor and not torch.compiler.is_compiling()
-    if is_plain and not _graph_is_kept():
+    if is_plain and not graph_is_kept():
         if grad_output.device.type == "cpu" and grad_output.dim() == 0 and grad_output.item() == 1:
             return grad_logits
         if grad_output.device.type == "cuda":
@@ -56,7 +65,7 @@ def _backward(grad_logits: Tensor, grad_output: Tensor) -> Tensor:
     return scaled
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether the backward that is running may be repeated; True if torch does not say."""
     keep: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keep is None or keep()
@@ -75,6 +84,28 @@ def call_kernel(name: str, student_logits: Tensor, arguments: tuple[Any, ...]) -
     return results
 
 
+def call_in_place(
+    name: str, student_logits: Tensor, arguments: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`call_kernel` with the gradient in the place of student_logits, which must fit: see `fits_in_place`.
+
+    The fourth result is student_logits, detached; whoever saved the logits for a backward will be told.
+    """
+    with torch._C._AutoDispatchBelowAutograd():
+        loss, kd, ce = IN_PLACE_OVERLOADS[name](student_logits, *arguments[:-2], arguments[-1])
+    torch.autograd.graph.increment_version(student_logits)
+    return loss, kd, ce, student_logits.detach()
+
+
+def fits_in_place(name: str, student_logits: Tensor, arguments: tuple[Any, ...]) -> bool:
+    """Whether a gradient can overwrite these logits: they lie without gaps, and the kernel reads each before.
+
+    With a top-k teacher the CPU's alone does.
+    """
+    has_top = arguments[1] is not None and (name != "kd_loss" or student_logits.device.type != "cpu")
+    return student_logits.is_contiguous() and not has_top
+
+
 def _scale_gradient_eager(grad_logits: Tensor, grad_output: Tensor) -> None:
     """The same in place."""
     grad_logits.copy_(_scaled_gradient_eager(grad_logits, grad_output))
@@ -88,13 +119,21 @@ class KDLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, arguments: tuple[Any, ...], name: str, parts: list[Tensor]) -> Tensor:
-        """The loss of the op `name`; kd and ce are appended to `parts`.
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,
+        arguments: tuple[Any, ...],
+        name: str,
+        parts: list[Tensor],
+        in_place: bool = False,
+    ) -> Tensor:
+        """The loss of the op `name`; kd and ce are appended to `parts`. in_place: the logits become their gradient.
 
         `arguments` are the op's, behind student_logits: in a tuple, for autograd looks at each of its own; as it does
         at each result.
         """
-        loss, kd, ce, grad_logits = call_kernel(name, student_logits, arguments)
+        call = call_in_place if in_place else call_kernel
+        loss, kd, ce, grad_logits = call(name, student_logits, arguments)
         ctx.save_for_backward(grad_logits, loss)
         parts += (kd, ce)
         return loss
@@ -106,7 +145,7 @@ class KDLossFunction(torch.autograd.Function):
         gradient = _backward(grad_logits, grad_output)
         if torch.is_grad_enabled():
             (gradient,) = refusing_a_second_derivative("kd_loss", [gradient], [loss, grad_output])
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 def refusing_a_second_derivative(op: str, gradients: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
@@ -151,13 +190,23 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return results
 
 
+def _triton_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from mixkd_fast.ops.triton_kd_loss import kd_loss_
+
+    return kd_loss_(*arguments)
+
+
 for _name in OPS:
+    LIBRARY.define(f"{_name}_({IN_PLACE_ARGUMENTS}) -> {IN_PLACE_RESULTS}")
+    torch.library.register_fake(f"mixkd_fast::{_name}_", _in_place_fake, lib=LIBRARY)
     LIBRARY.define(f"{_name}({ARGUMENTS}) -> {RESULTS}")
     torch.library.register_fake(f"mixkd_fast::{_name}", _fake, lib=LIBRARY)
     torch.library.register_autograd(f"mixkd_fast::{_name}", _registered_backward, setup_context=_save, lib=LIBRARY)
 LIBRARY.impl("kd_loss_triton", _triton, "CUDA")
 # On the CPU Triton's interpreter runs it, for tests.
 LIBRARY.impl("kd_loss_triton", _triton, "CPU")
+LIBRARY.impl("kd_loss_triton_", _triton_in_place, "CUDA")
+LIBRARY.impl("kd_loss_triton_", _triton_in_place, "CPU")
 LIBRARY.define("scaled_gradient(Tensor grad_logits, Tensor grad_output) -> Tensor")
 LIBRARY.impl("scaled_gradient", _scaled_gradient_eager, "CompositeExplicitAutograd")
 LIBRARY.define("scale_gradient_(Tensor(a!) grad_logits, Tensor grad_output) -> ()")
@@ -167,3 +216,4 @@ torch.library.register_fake(
     "mixkd_fast::scaled_gradient", lambda grad_logits, grad_output: torch.empty_like(grad_logits), lib=LIBRARY
 )
 OVERLOADS = {_name: getattr(torch.ops.mixkd_fast, _name).default for _name in OPS}
+IN_PLACE_OVERLOADS = {_name: getattr(torch.ops.mixkd_fast, f"{_name}_").default for _name in OPS}

@@ -96,7 +96,27 @@ def constants_of(options: RowOptions, has_teacher: bool, has_labels: bool, same_
     )
 
 
-def kd_loss(
+def kd_loss(student_logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, kd, ce, grad_logits), see `mixkd_fast.ops.schema`; a class number out of range makes its row NaN."""
+    *options, need_grad, _ = arguments
+    shape = student_logits.shape if need_grad else (0,)
+    gradient = student_logits.new_empty(shape)
+    return *_loss_and_gradient(gradient if need_grad else None, student_logits, *options), gradient
+
+
+def kd_loss_(student_logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, kd, ce); the gradient overwrites the logits."""
+    teacher_indices, kd_weight = arguments[1], arguments[14]
+    if not student_logits.is_contiguous():
+        raise ValueError("student_logits must be contiguous to be overwritten")
+    if teacher_indices is not None and kd_weight != 0:
+        # A row is read class by class while its gradient is being written.
+        raise ValueError("with teacher_indices student_logits cannot be overwritten")
+    return _loss_and_gradient(student_logits, student_logits, *arguments[:-1])
+
+
+def _loss_and_gradient(
+    gradient: Tensor | None,
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     teacher_indices: Tensor | None,
@@ -117,10 +137,8 @@ def kd_loss(
     tail_mass: bool,
     ignore_index: int,
     reduction: int,
-    need_grad: bool,
-    raise_invalid: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, kd, ce, grad_logits), see `mixkd_fast.ops.schema`; a class number out of range makes its row NaN."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, kd, ce); fills `gradient`, which may be student_logits itself."""
     options = RowOptions(
         temperature=temperature,
         divergence=NAMES[divergence],
@@ -137,8 +155,20 @@ def kd_loss(
     divisor = None
     if reduction == 0:
         divisor = divisor_of(student_logits, labels, partner_labels, row_weights, normalizer, ignore_index)
-    rows = RowTensors(student_logits, teacher_logits, labels, partner_labels, lam, row_weights, divisor, ignore_index)
-    gradient = torch.empty_like(student_logits, memory_format=torch.contiguous_format) if need_grad else None
+    label_logits = None
+    if gradient is student_logits and labels is not None and ce_weight != 0:
+        label_logits = _label_logits(student_logits, labels, partner_labels)
+    rows = RowTensors(
+        student_logits,
+        teacher_logits,
+        labels,
+        partner_labels,
+        lam,
+        row_weights,
+        divisor,
+        ignore_index,
+        label_logits,
+    )
     if teacher_indices is not None and teacher_logits is not None:
         kd, ce = _top_k(rows, TopK(teacher_indices, teacher_logits, tail_mass), options, gradient)
     elif student_logits.shape[0] == 0:
@@ -149,11 +179,20 @@ def kd_loss(
         kd, ce = _wide(rows, options, gradient)
     if reduction != 2:
         kd, ce = kd.sum(), ce.sum()
-    return kd + ce, kd, ce, student_logits.new_empty(0) if gradient is None else gradient
+    return kd + ce, kd, ce
+
+
+def _label_logits(student_logits: Tensor, labels: Tensor, partner_labels: Tensor | None) -> Tensor:
+    """Logits at both labels [2, N] in fp32; those of a label out of range are of no matter."""
+    both = torch.stack([labels, labels if partner_labels is None else partner_labels], dim=1)
+    return student_logits.gather(1, both.clamp(0, student_logits.shape[1] - 1)).T.float().contiguous()
 
 
 class RowTensors(NamedTuple):
-    """The tensors of a call, as the op got them; divisor: one element that multiplies nothing if None."""
+    """The tensors of a call, as the op got them; divisor: one element that multiplies nothing if None.
+
+    label_logits: the student's logits at both labels [2, N], where the gradient overwrites them; else None.
+    """
 
     student_logits: Tensor
     teacher_logits: Tensor | None
@@ -163,6 +202,7 @@ class RowTensors(NamedTuple):
     row_weights: Tensor | None
     divisor: Tensor | None
     ignore_index: int
+    label_logits: Tensor | None = None
 
     def num_shared(self) -> int:
         """Classes that student and teacher both have."""
@@ -195,6 +235,7 @@ def _narrow(rows: RowTensors, options: RowOptions, gradient: Tensor | None, by_r
             rows.lam,
             rows.row_weights,
             rows.divisor,
+            rows.label_logits,
             student if gradient is None else gradient,
             loss,
             kd,
@@ -265,6 +306,7 @@ def _wide(rows: RowTensors, options: RowOptions, gradient: Tensor | None) -> tup
             rows.lam,
             rows.row_weights,
             rows.divisor,
+            rows.label_logits,
             shares,
             progress,
             statistics,

@@ -72,7 +72,7 @@ def poison_of(total):
 
 @triton.jit
 def kd_loss_narrow_kernel(
-    student_logits, teacher_logits, labels, partner_labels, lam, row_weights, divisor,
+    student_logits, teacher_logits, labels, partner_labels, lam, row_weights, divisor, label_logits,
     grad_logits, loss_out, kd_out, ce_out,
     num_rows, num_classes, num_shared, student_stride, teacher_stride, ignore_index,
     inverse_temperature, kd_factor, kd_grad_factor, ce_weight,
@@ -144,7 +144,9 @@ def kd_loss_narrow_kernel(
         else:
             weights_c, total_c, log_total, high = softmax_parts(s, 1.0)
             softmax = weights_c / total_c
-        ce = cross_entropy(row, keep, students, labels, partner_labels, lam, num_classes, high, log_total)
+        ce = cross_entropy(
+            row, keep, students, labels, partner_labels, lam, label_logits, num_rows, num_classes, high, log_total
+        )
         target = hard_targets(row, keep, columns, labels, partner_labels, lam, num_classes)
         gradient += ce_weight * weight * (softmax - target)
         ce = ce * ce_weight

@@ -125,7 +125,9 @@ def kd_loss_top_k_kernel(
             for start in range(0, num_classes, TILE):
                 sums_c += exponentials(load_tile(students, start + tile, num_classes, "evict_last"), high_c, 1.0)
             total_c = tl.sum(sums_c, axis=0)
-            loss = cross_entropy(row, keep, students, labels, partner_labels, lam, num_classes, high_c, tl.log(total_c))
+            loss = cross_entropy(
+                row, keep, students, labels, partner_labels, lam, None, num_rows, num_classes, high_c, tl.log(total_c)
+            )
             ce = ce_weight * weight * loss
         else:
             ce = 0.0 * weight

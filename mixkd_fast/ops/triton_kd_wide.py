@@ -106,8 +106,8 @@ def tile_terms(
 
 @triton.jit
 def kd_loss_wide_kernel(
-    student_logits, teacher_logits, labels, partner_labels, lam, row_weights, divisor, adaptive_shares,
-    progress, statistics, grad_logits, kd_parts, ce_rows,
+    student_logits, teacher_logits, labels, partner_labels, lam, row_weights, divisor, label_logits,
+    adaptive_shares, progress, statistics, grad_logits, kd_parts, ce_rows,
     num_rows, num_splits, lag, num_classes, num_shared, student_stride, teacher_stride, ignore_index,
     inverse_temperature, kd_factor, kd_grad_factor, ce_weight,
     beta, log_weight_p, log_weight_q, ab_alpha, ab_beta,
@@ -233,7 +233,10 @@ def kd_loss_wide_kernel(
                 else:
                     high, total = load_sums(statistics, first, num_items, num_splits, 1.0, CLASS_MAX, SPLITS)
                     softmax = exponentials(s, high, 1.0) * (1.0 / total)
-                loss = cross_entropy(row, keep, students, labels, partner_labels, lam, num_classes, high, tl.log(total))
+                loss = cross_entropy(
+                    row, keep, students, labels, partner_labels, lam, label_logits, num_rows, num_classes, high,
+                    tl.log(total),
+                )  # fmt: skip
                 ce = ce_weight * weight * loss
                 target = hard_targets(row, keep, columns, labels, partner_labels, lam, num_classes)
                 gradient += ce_weight * weight * (softmax - target)

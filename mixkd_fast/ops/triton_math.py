@@ -216,14 +216,23 @@ def hard_label(row, keep, labels, num_classes):
 
 
 @triton.jit
-def cross_entropy(row, keep, logits, labels, partner_labels, lam, num_classes, high, log_sum):
-    """lam CE(labels) + (1 - lam) CE(partner_labels) of rows at `logits`; a weight of 0 drops its term."""
-    label = hard_label(row, keep, labels, num_classes)
-    loss = high - tl.load(logits + label, mask=keep, other=0.0).to(tl.float32) + log_sum
+def cross_entropy(row, keep, logits, labels, partner_labels, lam, label_logits, num_rows, num_classes, high, log_sum):
+    """lam CE(labels) + (1 - lam) CE(partner_labels) of rows at `logits`; a weight of 0 drops its term.
+
+    label_logits: the logits at both labels [2, num_rows], read before others may overwrite them; or None.
+    """
+    if label_logits is not None:  # noqa: SIM108
+        places = label_logits + row
+    else:
+        places = logits + hard_label(row, keep, labels, num_classes)
+    loss = high - tl.load(places, mask=keep, other=0.0).to(tl.float32) + log_sum
     if partner_labels is not None:
         share = tl.load(lam + row, mask=keep, other=0.0).to(tl.float32)
-        label = hard_label(row, keep, partner_labels, num_classes)
-        second = high - tl.load(logits + label, mask=keep, other=0.0).to(tl.float32) + log_sum
+        if label_logits is not None:
+            others = label_logits + num_rows + row
+        else:
+            others = logits + hard_label(row, keep, partner_labels, num_classes)
+        second = high - tl.load(others, mask=keep, other=0.0).to(tl.float32) + log_sum
         loss = tl.where(share == 0.0, 0.0, share * loss) + tl.where(share == 1.0, 0.0, (1.0 - share) * second)
     return loss
 

@@ -18,6 +18,17 @@ def assumptions(plan: Plan, config: Config) -> list[str]:
         "Memory is the larger of two moments, the backward and the update; DeepSpeed's bucket of reduce_bucket_size "
         "elements is allocated whole on a GPU and only as far as it is written on the CPU.",
     ]
+    if config.task.kind == "causal_lm":
+        texts.append(
+            f"The output layers see {any_work.target_share:.0%} of the clean tokens, a chunk at a time; attention is "
+            "causal. Every rank reads the whole student into its memory before DeepSpeed shares it; generated text "
+            "is not counted."
+        )
+    if plan.placement.teacher_offload != "none":
+        texts.append(
+            f"The teacher is fetched once per micro-batch: {hardware.HOST_LINK_BYTES_PER_S / 1e9:.0f} GB/s from the "
+            f"node's memory to each GPU, {hardware.NVME_BYTES_PER_S / 1e9:.0f} GB/s from its NVMe to all; assumed."
+        )
     if plan.teacher is not None and any_work.teacher_clean_share not in (0.0, 1.0):
         texts.append(
             "The teacher's answers on clean rows are computed in the first epoch and then read: "
@@ -32,7 +43,7 @@ def assumptions(plan: Plan, config: Config) -> list[str]:
             f"Exchange: rings, {hardware.DEVICES_PER_NODE} GPUs a node over NVLink in one direction, "
             f"{hardware.NETWORK_BYTES_PER_S / 1e9:.0f} GB/s per GPU between nodes, "
             f"{hardware.COLLECTIVE_S * 1e6:.0f} us times log2(ranks) a call; nothing overlaps with computing. "
-            "Offloading's transfers are not counted.",
+            "The transfers of an offloaded student are not counted.",
             f"A GPU can use {hardware.USABLE_SHARE:.0%} of what {hardware.RESERVED_BYTES / _GIB:.1f} GiB of CUDA and "
             "NCCL leave.",
         ]

@@ -1,17 +1,16 @@
-"""Floating-point operations of an encoder's matrix products, from its shape and the lengths of its rows.
+"""Floating-point operations of a model's matrix products, from its shape and the lengths of its rows.
 
 Every multiply-add counts as 2. Left out: softmax, activation functions, normalisation and table look-ups, which move
 bytes rather than multiply, and the one convolution of the largest DeBERTa-v2 models (below 1 %).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mixkd_fast.errors import ModelError
+from mixkd_fast.planning.decoders import DecoderShape, Lengths, decoder_attention_flops, decoder_flops
 
 FAMILIES = (
     "bert",
@@ -24,7 +23,6 @@ FAMILIES = (
     "deberta",
     "deberta-v2",
 )
-Lengths = Sequence[int] | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,16 @@ class EncoderShape:
         )
 
 
-def forward_flops(shape: EncoderShape, lengths: Lengths, first_token_only: bool = False) -> float:
-    """FLOPs of the matrix products of one forward over rows with these numbers of tokens.
+def forward_flops(shape: EncoderShape | DecoderShape, lengths: Lengths, first_token_only: bool = False) -> float:
+    """FLOPs of the matrix products of one forward over rows with these numbers of tokens; of a decoder's body.
 
     Projections, attention scores and values, feed-forward, pooler, classifier; for padded rows give the padded
     length. Every layer's attention counts as if each token saw its whole row (ModernBERT's windows are wider than
     most rows).
     Args: first_token_only = the last layer computes keys and values of all tokens, and the rest of the first one.
     """
+    if isinstance(shape, DecoderShape):
+        return decoder_flops(shape, lengths)
     tokens_per_row = np.asarray(lengths, dtype=np.float64)
     rows, tokens, pairs = float(tokens_per_row.size), float(tokens_per_row.sum()), float((tokens_per_row**2).sum())
     width = shape.hidden_size
@@ -108,8 +108,10 @@ def forward_flops(shape: EncoderShape, lengths: Lengths, first_token_only: bool 
     return flops
 
 
-def attention_flops(shape: EncoderShape, lengths: Lengths, first_token_only: bool = False) -> float:
+def attention_flops(shape: EncoderShape | DecoderShape, lengths: Lengths, first_token_only: bool = False) -> float:
     """The part of `forward_flops` spent on scores and weighted values: many small products, slower than the rest."""
+    if isinstance(shape, DecoderShape):
+        return decoder_attention_flops(shape, lengths)
     tokens_per_row = np.asarray(lengths, dtype=np.float64)
     tokens, pairs = float(tokens_per_row.sum()), float((tokens_per_row**2).sum())
     scores = (shape.num_layers - int(first_token_only)) * pairs + int(first_token_only) * tokens

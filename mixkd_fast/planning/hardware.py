@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mixkd_fast.configuration import Precision
 from mixkd_fast.ops.dropout import dropout as fast_dropout
+from mixkd_fast.planning.decoders import DecoderShape
 from mixkd_fast.planning.models import PlannedModel
 
 MATMUL_EFFICIENCY = 0.5
@@ -30,6 +31,10 @@ USABLE_SHARE = 0.95
 NETWORK_BYTES_PER_S = 50e9
 """Between nodes, per GPU and direction (400 Gbit/s)."""
 DEVICES_PER_NODE = 8
+HOST_LINK_BYTES_PER_S = 25e9
+"""From a node's memory to one GPU (PCIe 4 x16, or half of PCIe 5)."""
+NVME_BYTES_PER_S = 6e9
+"""Read from the NVMe disk of a node, by all its ranks together."""
 ADAM_BYTES = 28
 """Of AdamW's update per fp32 parameter: weight, gradient and two states read, three of them written."""
 _LONG_ELEMENTS, _CHUNKS = 12 * 2**20, 16
@@ -135,11 +140,26 @@ def elementwise_widths(model: PlannedModel) -> tuple[int, int]:
     Two residual sums (3), two normalisations (2 forward, 3 backward), the activation, sums of gradients (3) and of
     biases; each dropout passes over its values and its mask.
     """
+    if isinstance(model.shape, DecoderShape):
+        return decoder_elementwise_widths(model.shape)
     hidden, inner = model.shape.hidden_size, model.shape.intermediate_size
     dropout = 6 * hidden if model.has_dropout else 0
     forward = 10 * hidden + 2 * inner
     backward = 21 * hidden + 4 * inner
     return forward, forward + backward + 2 * dropout
+
+
+def decoder_elementwise_widths(shape: DecoderShape) -> tuple[int, int]:
+    """The same of a decoder in transformers' own operations, each of which reads its inputs and writes its result.
+
+    Two residual sums (6 h), a normalisation (10 h by root mean square, 2 h by one kernel), turning queries and keys
+    (10 each), activation and product (5 i, or 2 i without a gate); the backward twice that.
+    """
+    turned = shape.attention_size + shape.key_value_size
+    norm = 10 if shape.is_rms else 2
+    inner = (5 if shape.is_gated else 2) * shape.intermediate_size
+    forward = (6 + norm * shape.hidden_norms) * shape.hidden_size + 10 * turned + inner
+    return forward, 3 * forward
 
 
 def _linear_probe(model: PlannedModel, positions: int, dtype: torch.dtype) -> tuple[float, float]:

@@ -3,24 +3,20 @@
 import json
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixkd_fast.configuration import Config, Task
-from mixkd_fast.data.batching import Padding
 from mixkd_fast.data.length_batches import plan_batches
 from mixkd_fast.data.loading import load_splits
 from mixkd_fast.data.tokenization import tokenize_rows
 from mixkd_fast.errors import MixKDError
 from mixkd_fast.mixing import Mixing
+from mixkd_fast.planning.language_lengths import language_row_lengths
 from mixkd_fast.planning.models import plan_tokenizer
+from mixkd_fast.planning.row_lengths import LARGEST_FILES_BYTES, SAMPLED_ROWS, RowLengths, files_bytes, padded_width
 
-SAMPLED_ROWS = 2000
-"""Local rows that are tokenised for a plan."""
-LARGEST_FILES_BYTES = 64 * 2**20
-"""Local files that are larger together are not read for a plan."""
 _SAMPLED_BATCHES = 64
 _KNOWN_ROWS = {
     "mnli": 392_702,
@@ -32,39 +28,6 @@ _KNOWN_ROWS = {
     "cola": 8_551,
     "stsb": 5_749,
 }
-
-
-@dataclass(frozen=True)
-class RowLengths:
-    """The distribution of the training rows' lengths in tokens."""
-
-    counts: NDArray[np.int64]
-    """[longest]: counts[k] rows have k + 1 tokens."""
-    num_rows: int | None
-    """Rows of an epoch; None where they are not known before the data is loaded."""
-    max_length: int
-    """task.max_length: no row, and no padding, is longer."""
-    source: str
-    """Where this is known from."""
-
-    @property
-    def widest(self) -> int:
-        """Positions of the widest batch."""
-        return int(padded_width(np.array([self.longest]), self.max_length)[0])
-
-    @property
-    def mean(self) -> float:
-        """Tokens of a mean row."""
-        return float(np.average(np.arange(1, len(self.counts) + 1), weights=self.counts))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return int(np.flatnonzero(self.counts)[-1]) + 1
-
-    def draw(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Lengths of `count` random rows."""
-        return 1 + rng.choice(len(self.counts), size=count, p=self.counts / self.counts.sum())
 
 
 @dataclass(frozen=True)
@@ -91,11 +54,13 @@ def mnli_lengths(max_length: int) -> RowLengths:
 
 
 def row_lengths(config: Config) -> RowLengths:
-    """Lengths of the task's rows: a sample of its local rows if they are at hand, else MNLI's.
+    """Lengths of the task's rows: a sample of its local rows if they are at hand, else MNLI's (or full rows of a LM).
 
     Raises: ConfigurationError or DataError if the task or its files are wrong.
     """
     task = config.task
+    if task.kind == "causal_lm":
+        return language_row_lengths(config)
     if not _is_local(task):
         known = mnli_lengths(task.max_length)
         return replace(known, num_rows=_num_rows(task, _KNOWN_ROWS.get(task.name)))
@@ -148,13 +113,6 @@ def sample_batches(
     return BatchLengths(clean, np.tile(clean, (1, mixed_rows)), float(rows_BR.mean()))
 
 
-def padded_width(longest: NDArray[np.int64], max_length: int) -> NDArray[np.int64]:
-    """Width of batches whose longest rows have these lengths: rounded up as the collation does it."""
-    rounded = -(-longest // Padding.multiple) * Padding.multiple
-    width: NDArray[np.int64] = np.maximum(longest, np.minimum(rounded, max_length))
-    return width
-
-
 def _num_partners(mixing: Mixing | None, micro_batch_size: int, batch_size: int) -> int:
     """Rows that a micro-batch holds only as partners of its clean rows."""
     if mixing is None:
@@ -167,8 +125,7 @@ def _is_local(task: Task) -> bool:
     """Whether the training rows can be read here and now, quickly."""
     if task.train_files is None:
         return task.name == "demo" and task.hub is None
-    paths = [Path(path).expanduser() for path in [*task.train_files, *task.extra_train_files]]
-    return sum(path.stat().st_size for path in paths if path.is_file()) <= LARGEST_FILES_BYTES
+    return files_bytes(task) <= LARGEST_FILES_BYTES
 
 
 def _num_rows(task: Task, known: int | None) -> int | None:

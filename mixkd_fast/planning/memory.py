@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mixkd_fast.configuration import Precision
+from mixkd_fast.planning.decoders import DecoderShape
+from mixkd_fast.planning.language_memory import decoder_activation_bytes, decoder_working_width, loss_bytes
 from mixkd_fast.planning.models import PlannedModel
 from mixkd_fast.planning.workload import BYTES, Workload
 
 Stage = Literal[0, 1, 2, 3]
 Offload = Literal["none", "optimizer", "optimizer+parameters"]
+TeacherOffload = Literal["none", "cpu", "nvme"]
 _ADAM_STATES = 8
 _MASTER = 4
 _BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default reduce_bucket_size
@@ -28,23 +31,33 @@ class Placement:
     offload: Offload
     teacher_stage: Literal[0, 3] | None
     """None without a teacher."""
+    teacher_offload: TeacherOffload = "none"
+    """Where the parameters of a ZeRO-3 teacher rest."""
 
     def describe(self) -> str:
-        """Student's stage and offload, teacher's stage."""
+        """Student's stage and offload, teacher's stage and offload."""
         offload = "" if self.offload == "none" else f", {self.offload} on the CPU"
         teacher = "" if self.teacher_stage is None else f"; teacher ZeRO {self.teacher_stage}"
+        teacher += {"none": "", "cpu": " on the CPU", "nvme": " on NVMe"}[self.teacher_offload]
         return f"ZeRO {self.student_stage}{offload}{teacher}"
 
 
-def placements(has_teacher: bool) -> list[Placement]:
-    """Every choice that DeepSpeed allows: optimizer offload from stage 1 on, parameters at stage 3 only."""
+def placements(has_teacher: bool, teacher_offload: TeacherOffload = "none") -> list[Placement]:
+    """Every choice that DeepSpeed allows: optimizer offload from stage 1 on, parameters at stage 3 only.
+
+    Args: teacher_offload = also a teacher that rests there.
+    """
     choices: list[tuple[Stage, Offload]] = [(0, "none")]
     stages: tuple[Stage, ...] = (1, 2, 3)
     offloads: tuple[Offload, ...] = ("none", "optimizer")
     choices += [(stage, offload) for stage in stages for offload in offloads]
     choices.append((3, "optimizer+parameters"))
-    teachers: tuple[Literal[0, 3] | None, ...] = (0, 3) if has_teacher else (None,)
-    return [Placement(stage, offload, teacher) for teacher in teachers for stage, offload in choices]
+    teachers: list[tuple[Literal[0, 3] | None, TeacherOffload]] = [(0, "none"), (3, "none")]
+    if teacher_offload != "none":
+        teachers.append((3, teacher_offload))
+    if not has_teacher:
+        teachers = [(None, "none")]
+    return [Placement(stage, offload, *teacher) for teacher in teachers for stage, offload in choices]
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,18 @@ class RankMemory:
     student_working_bytes: int
     teacher_working_bytes: int
     logits_bytes: int
+    heads_bytes: int = 0
+    """Of a language model: output layers and hidden states beside the logits."""
+    teacher_host_bytes: int = 0
+    """The part of an offloaded teacher that rests in the memory of the CPU."""
+    teacher_nvme_bytes: int = 0
+    """The part of an offloaded teacher that rests on NVMe."""
+    is_language: bool = False
+
+    @property
+    def host_bytes(self) -> int:
+        """In the memory of the CPU, of student and teacher."""
+        return self.student.host_bytes + self.teacher_host_bytes
 
     @property
     def gradients_bytes(self) -> int:
@@ -86,9 +111,15 @@ class RankMemory:
     def total_bytes(self) -> int:
         """The larger of two moments: the backward, with its activations, and the optimizer's update."""
         student = self.student
-        working = max(self.student_working_bytes, self.teacher_working_bytes)
-        backward = student.gradients_backward_bytes + student.copies_bytes + self.activations_bytes + working
-        moment = max(backward + self.logits_bytes + student.buckets_bytes, student.gradients_update_bytes)
+        if self.is_language:
+            # The teacher is asked before the student's forward, and the loss leaves no logits to the backward.
+            kept = student.copies_bytes + self.activations_bytes
+            at_once = max(self.student_working_bytes, self.logits_bytes + self.heads_bytes)
+            backward = student.gradients_backward_bytes + max(self.teacher_working_bytes, kept + at_once)
+        else:
+            working = max(self.student_working_bytes, self.teacher_working_bytes) + self.logits_bytes
+            backward = student.gradients_backward_bytes + student.copies_bytes + self.activations_bytes + working
+        moment = max(backward + student.buckets_bytes, student.gradients_update_bytes)
         return self.teacher_weights_bytes + student.weights_bytes + student.optimizer_bytes + moment
 
 
@@ -103,7 +134,7 @@ def rank_memory(
     """Memory of each of `work.ranks` ranks. Args: zero = deepspeed.zero_optimization of the configuration."""
     positions = work.student_rows * work.widest
     element = BYTES[work.student_precision]
-    teacher_weights = teacher_working = 0
+    teacher_weights = teacher_working = host = nvme = 0
     if teacher is not None:
         teacher_element = BYTES[work.teacher_precision]
         teacher_weights = teacher_element * teacher.num_parameters
@@ -112,9 +143,18 @@ def rank_memory(
             # The engine lets two layers be whole at once (deepspeed_config.teacher_zero3_config).
             teacher_working += teacher_element * min(teacher.num_parameters, 2 * teacher.largest_layer)
             teacher_weights = _share(teacher_weights, work.ranks)
+            if placement.teacher_offload != "none":
+                resting, teacher_weights = teacher_weights, 0
+                host, nvme = (resting, 0) if placement.teacher_offload == "cpu" else (0, resting)
         elif work.is_fused(teacher, 0):
             teacher_weights += teacher_element * _stacked_parameters(teacher)
-    rows = (work.student_rows + work.micro_batch_size + work.mixed_rows) * student.shape.num_labels
+    language = isinstance(student.shape, DecoderShape)
+    heads = 0
+    if language:
+        logits, heads = loss_bytes(student, teacher, work, placement.student_stage, placement.teacher_stage)
+    else:
+        rows = (work.student_rows + work.micro_batch_size + work.mixed_rows) * student.shape.num_labels
+        logits = 2 * 4 * rows
     return RankMemory(
         teacher_weights_bytes=teacher_weights,
         student=student_states(student, placement, work, zero, is_gpu),
@@ -130,36 +170,44 @@ def rank_memory(
         ),
         student_working_bytes=element * 2 * _working_width(student) * positions,
         teacher_working_bytes=teacher_working,
-        logits_bytes=2 * 4 * rows,
+        logits_bytes=logits,
+        heads_bytes=heads,
+        teacher_host_bytes=host,
+        teacher_nvme_bytes=nvme,
+        is_language=language,
     )
 
 
 def student_states(
     student: PlannedModel, placement: Placement, work: Workload, zero: Mapping[str, Any], is_gpu: bool
 ) -> ModelStates:
-    """Weights, gradients and optimizer states of the trained model; AdamW with two fp32 states."""
-    count, ranks, precision, stage = student.num_parameters, work.ranks, work.student_precision, placement.student_stage
+    """Weights, gradients and optimizer states of the trained model; AdamW with two fp32 states.
+
+    Frozen weights, beside adapters, have neither gradients nor states, and are in half precision under autocast.
+    """
+    count, ranks, precision, stage = student.num_trained, work.ranks, work.student_precision, placement.student_stage
     element = 4 if precision == "bf16" and stage == 0 else BYTES[precision]
+    frozen = BYTES[precision] * student.num_frozen
     copies = _copied_bytes(student, precision, stage, work.is_fused(student, stage))
     if stage == 0:
         # fp16 keeps an fp32 master and casts its gradients for the update.
         master = _MASTER if precision == "fp16" else 0
         update = (element + 4 if precision == "fp16" else element) * count
         optimizer = (_ADAM_STATES + master) * count
-        return ModelStates(element * count, copies, element * count, update, 0, optimizer, 0)
+        return ModelStates(element * count + frozen, copies, element * count, update, 0, optimizer, 0)
     part = _share(count, ranks)
     bucket = int(zero.get("reduce_bucket_size", _BUCKET_ELEMENTS))
     # Memory of the CPU is taken when it is first written to.
     bucket = bucket if is_gpu else min(bucket, count)
     buckets = element * bucket * (2 if stage < 3 and zero.get("overlap_comm") else 1)
-    weights = element * count if stage < 3 else element * part
+    weights = element * count + frozen if stage < 3 else element * part + _share(frozen, ranks)
     accumulated = element * part if work.accumulation > 1 else 0
     backward = {1: element * count + accumulated, 2: element * part + accumulated, 3: element * part}[stage]
     update = (element + 4) * part
     optimizer, host = (_MASTER + _ADAM_STATES) * part, 0
     if stage == 3:
         live = int(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS))
-        copies += element * min(count, max(live, student.largest_layer))
+        copies += element * min(student.num_parameters, max(live, student.largest_layer))
     if placement.offload != "none":
         # fp32 gradients lie beside the states; the device keeps what is in the bucket.
         host = optimizer + (4 + element) * part
@@ -189,6 +237,10 @@ def activation_bytes(
     Args: autocast = the model's weights are fp32 and `precision` is that of its products; fused = the engine's own
     forward, which casts once and computes the last layer for the first token.
     """
+    if isinstance(model.shape, DecoderShape):
+        return decoder_activation_bytes(
+            model, rows, width, precision, autocast=autocast, is_gpu=is_gpu, checkpointing=checkpointing
+        )
     shape, element = model.shape, BYTES[precision]
     # Autocast of the model's own forward normalises in fp32 and casts the input anew for queries, keys and values.
     recasts = autocast and not fused
@@ -230,13 +282,15 @@ def _kept_scores(model: PlannedModel, fused: bool, is_gpu: bool) -> int:
 def _working_width(model: PlannedModel) -> int:
     """Elements per position that a layer's widest moment holds: queries, keys, values; or both sides of activation."""
     shape = model.shape
+    if isinstance(shape, DecoderShape):
+        return decoder_working_width(shape)
     inner = shape.intermediate_size * (3 if shape.is_gated else 2)
     return max(5 * shape.hidden_size, 2 * shape.hidden_size + inner)
 
 
 def _copied_bytes(model: PlannedModel, precision: Precision, stage: int, fused: bool) -> int:
     if precision == "bf16" and stage == 0:
-        return 2 * model.num_linear_parameters
+        return 2 * (model.num_trained if model.num_frozen else model.num_linear_parameters)
     return BYTES[precision] * _stacked_parameters(model) if fused else 0
 
 

@@ -8,10 +8,12 @@ from typing import Any
 from mixkd_fast.configuration import Config, batch_arithmetic
 from mixkd_fast.deepspeed_config import student_deepspeed_config
 from mixkd_fast.errors import ConfigurationError
+from mixkd_fast.planning.decoders import DecoderShape
 from mixkd_fast.planning.hardware import GPUS, Device, Rates, cpu_device, gpu_rates, measured_rates
-from mixkd_fast.planning.lengths import RowLengths, row_lengths
-from mixkd_fast.planning.memory import Offload, Placement, RankMemory, placements, rank_memory
+from mixkd_fast.planning.lengths import row_lengths
+from mixkd_fast.planning.memory import Offload, Placement, RankMemory, TeacherOffload, placements, rank_memory
 from mixkd_fast.planning.models import PlannedModel, planned_student, planned_teacher
+from mixkd_fast.planning.row_lengths import RowLengths
 from mixkd_fast.planning.throughput import Throughput, throughput
 from mixkd_fast.planning.workload import Workload, workload
 
@@ -42,7 +44,7 @@ class DevicePlan:
 
     def fits(self, memory: RankMemory) -> bool:
         """Whether a rank fits; on the CPU offloaded states take the same memory."""
-        host = 0 if self.is_gpu else memory.student.host_bytes
+        host = 0 if self.is_gpu else memory.host_bytes
         return memory.total_bytes + host <= self.device.usable_bytes
 
 
@@ -93,7 +95,7 @@ def make_plan(config: Config, names: Sequence[str], ranks: Sequence[int]) -> Pla
                 continue
             memory = {
                 choice: rank_memory(student, teacher, choice, work, zero, is_gpu)
-                for choice in placements(teacher is not None)
+                for choice in placements(teacher is not None, _offered_offload(config, teacher))
             }
             speed = throughput(student, teacher, work, placement, device, rates)
             counts.append(RankPlan(count, None, work, memory, speed))
@@ -102,13 +104,23 @@ def make_plan(config: Config, names: Sequence[str], ranks: Sequence[int]) -> Pla
     return Plan(student, teacher, lengths, placement, devices)
 
 
+def _offered_offload(config: Config, teacher: PlannedModel | None) -> TeacherOffload:
+    """Where a language model's teacher might rest: the configured place, or the memory of the CPU."""
+    section = config.teacher
+    if section is not None and section.offload is not None:
+        return section.offload.device
+    return "cpu" if teacher is not None and isinstance(teacher.shape, DecoderShape) else "none"
+
+
 def configured_placement(config: Config, zero: Mapping[str, Any]) -> Placement:
     """Where the configuration puts the states. Parameters offloaded alone count as not offloaded."""
     optimizer = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     parameters = zero.get("offload_param", {}).get("device", "none") != "none"
     teacher_stage = config.teacher.zero_stage if config.teacher is not None else None
     offload: Offload = "optimizer+parameters" if optimizer and parameters else "optimizer" if optimizer else "none"
-    return Placement(zero.get("stage", 0), offload, teacher_stage)
+    section = config.teacher
+    rests: TeacherOffload = "none" if section is None or section.offload is None else section.offload.device
+    return Placement(zero.get("stage", 0), offload, teacher_stage, rests)
 
 
 def _zero_section(config: Config) -> dict[str, Any]:

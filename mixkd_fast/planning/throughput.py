@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mixkd_fast.planning.decoders import DecoderShape
 from mixkd_fast.planning.flops import attention_flops, forward_flops
 from mixkd_fast.planning.hardware import (
     ADAM_BYTES,
@@ -17,8 +18,10 @@ from mixkd_fast.planning.hardware import (
     Rates,
     elementwise_widths,
 )
+from mixkd_fast.planning.language_throughput import language_parts
 from mixkd_fast.planning.memory import Placement
 from mixkd_fast.planning.models import PlannedModel
+from mixkd_fast.planning.parts import Part
 from mixkd_fast.planning.workload import BYTES, Workload
 
 _FORWARD_KERNELS = 16
@@ -32,17 +35,6 @@ _NORM_BYTES = 16
 """Gradients are read for the engine's norm and for DeepSpeed's, then read and written to be clipped."""
 _BUFFER_BYTES = 8
 """Gradients are copied into a buffer for the exchange, and as many bytes back."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of one rank's step."""
-
-    name: str
-    flops: float
-    bytes_moved: float
-    """Bytes read and written in device memory, or sent to other ranks."""
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -67,8 +59,11 @@ def throughput(
     rates: Callable[[PlannedModel], Rates],
 ) -> Throughput:
     """The mean step of a run. Args: rates = of the teacher or the student on `device`, in its precision."""
-    parts = _student_parts(student, work, placement, rates(student))
-    if teacher is not None:
+    if isinstance(student.shape, DecoderShape):
+        parts = language_parts(student, teacher, work, placement, rates)
+    else:
+        parts = _student_parts(student, work, placement, rates(student))
+    if teacher is not None and not isinstance(teacher.shape, DecoderShape):
         parts += _teacher_parts(teacher, work, placement, rates(teacher))
     parts.append(_optimizer_part(student, work, placement, rates(student)))
     if work.ranks > 1:
@@ -142,15 +137,16 @@ def _forward_part(
 
 def _optimizer_part(student: PlannedModel, work: Workload, placement: Placement, rates: Rates) -> Part:
     """AdamW's update, the norm of the gradients, and what each parameter costs beside the products."""
-    shape, count, stage = student.shape, student.num_parameters, placement.student_stage
+    shape, count, stage = student.shape, student.num_trained, placement.student_stage
     fused = work.is_fused(student, stage)
     own = count / (work.ranks if stage else 1)
     update, copied = own * ADAM_BYTES, own * _NORM_BYTES + count * _BUFFER_BYTES
     into_new = float(count * _BUFFER_BYTES)
     if work.student_precision == "bf16" and stage == 0:
-        copied += work.accumulation * student.num_linear_parameters * _CAST_BYTES
+        cast = student.num_trained if student.num_frozen else student.num_linear_parameters
+        copied += work.accumulation * cast * _CAST_BYTES
     # Every look-up's backward fills a table of its own with zeros; all but the first are then added to it.
-    table = 4 * shape.vocab_size * (shape.embedding_size or shape.hidden_size)
+    table = 0 if student.num_frozen else 4 * shape.vocab_size * (shape.embedding_size or shape.hidden_size)
     uses = work.accumulation * (2 if work.student_clean and work.student_mixed and not fused else 1)
     copied += 3.0 * table * (uses - 1)
     # The engine's own look-up takes large pages.
@@ -170,18 +166,22 @@ def _exchange_part(
     element, stage = BYTES[work.student_precision], placement.student_stage
     if stage == 0:
         # Under autocast gradients are fp32.
-        passes, size = 2.0, student.num_parameters * (2 if work.student_precision == "fp16" else 4)
+        passes, size = 2.0, student.num_trained * (2 if work.student_precision == "fp16" else 4)
         collectives = 1
     elif stage < 3:
         passes = 1.0 + (work.accumulation if stage == 2 else 1)
-        size, collectives = student.num_parameters * element, 2
+        size, collectives = student.num_trained * element, 2
     else:
-        passes, size = 3.0 * work.accumulation, student.num_parameters * element
+        # Weights before forward and backward, gradients of what is trained.
+        passes, size = float(work.accumulation), (2 * student.num_parameters + student.num_trained) * element
         collectives = 3 * student.shape.num_layers * work.accumulation
     sent, seconds = _ring(passes * size, work.ranks, device)
     if teacher is not None and placement.teacher_stage == 3:
         forwards = work.accumulation * (work.teacher_clean_share + work.teacher_mixed)
-        more, more_s = _ring(forwards * teacher.num_parameters * BYTES[work.teacher_precision], work.ranks, device)
+        gathered = teacher.num_parameters
+        if isinstance(teacher.shape, DecoderShape):
+            gathered = max(gathered, teacher.shape.linear_parameters + 2 * teacher.shape.head_parameters)
+        more, more_s = _ring(forwards * gathered * BYTES[work.teacher_precision], work.ranks, device)
         sent, seconds = sent + more, seconds + more_s
         collectives += round(forwards * teacher.shape.num_layers)
     return Part("exchange", 0.0, sent, seconds + collectives * COLLECTIVE_S * math.log2(work.ranks))

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from mixkd_fast.configuration import DEFAULT_EPOCHS, Config, Precision, batch_arithmetic
 from mixkd_fast.encoder_parts import FAMILIES
-from mixkd_fast.planning.lengths import BatchLengths, RowLengths, sample_batches
+from mixkd_fast.planning.lengths import BatchLengths, sample_batches
 from mixkd_fast.planning.models import PlannedModel
+from mixkd_fast.planning.row_lengths import RowLengths
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -33,6 +34,10 @@ class Workload:
     gradient_checkpointing: bool
     steps: int | None
     """Steps of the run; None where the number of training rows is not known."""
+    target_share: float = 1.0
+    """Of a causal_lm: share of the clean tokens that pass the output layers."""
+    max_logits_mib: int = 512
+    """Of a causal_lm: the method's limit of logits."""
 
     @property
     def mixed_rows(self) -> int:
@@ -64,10 +69,15 @@ def workload(config: Config, lengths: RowLengths, ranks: int) -> Workload:
     steps = training.steps
     if steps is None and lengths.num_rows is not None:
         steps = math.ceil((training.epochs or DEFAULT_EPOCHS) * lengths.num_rows / training.batch_size)
+    language = config.task.kind == "causal_lm"
     stores = config.teacher is None or (config.teacher.store and not method.reads_teacher)
     epochs = None if steps is None or lengths.num_rows is None else steps * training.batch_size / lengths.num_rows
     # The teacher's answers on clean rows are the same in every epoch: the first one keeps them.
     share = 1.0 if epochs is None or not stores else min(1.0, 1.0 / epochs)
+    if language:
+        # Nothing of a language model's teacher is kept: it is asked in every step.
+        asked = config.teacher is not None and method.needs_teacher and getattr(method, "kd_weight", 1.0) > 0
+        share = float(asked)
     return Workload(
         ranks=ranks,
         batch_size=arithmetic.batch_size,
@@ -77,11 +87,13 @@ def workload(config: Config, lengths: RowLengths, ranks: int) -> Workload:
         widest=lengths.widest,
         student_clean=method.needs_clean_student,
         student_mixed=mixing is not None,
-        teacher_clean_share=share if method.needs_clean_teacher or method.reads_teacher else 0.0,
+        teacher_clean_share=share if language or method.needs_clean_teacher or method.reads_teacher else 0.0,
         teacher_mixed=method.needs_mixed_teacher,
         student_precision=training.precision,
         teacher_precision=(config.teacher.precision if config.teacher else None) or training.precision,
         fused_encoder=training.fused_encoder,
         gradient_checkpointing=training.gradient_checkpointing,
         steps=steps,
+        target_share=lengths.target_share,
+        max_logits_mib=int(getattr(method, "max_logits_mib", 512)),
     )

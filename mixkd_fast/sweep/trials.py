@@ -13,15 +13,17 @@ from mixkd_fast.cli_config import check_config
 from mixkd_fast.configuration import Config, validate
 from mixkd_fast.data.tasks import resolve
 from mixkd_fast.errors import ConfigurationError
+from mixkd_fast.language_task import LANGUAGE_METRICS
 from mixkd_fast.partition import Strategy
 from mixkd_fast.strict_json import apply_overrides, read_object
 from mixkd_fast.sweep.points import Point, points_of
 from mixkd_fast.sweep_file import Sweep, Transfer, as_overrides, base_content
 
-LOWER_IS_BETTER = frozenset({"nll", "ece", "mse", "kl_to_teacher", "teacher_mse"})
+LOWER_IS_BETTER = frozenset({"nll", "ece", "mse", "kl_to_teacher", "perplexity", "teacher_mse"})
 _FURTHER_METRICS = {
     "classification": ("nll", "ece", "teacher_agreement", "kl_to_teacher"),
     "regression": ("mse", "teacher_mse"),
+    "causal_lm": LANGUAGE_METRICS,
 }
 STRATEGY, TRANSFER = "partition.strategy", "partition.transfer"
 """Names under which a partition study's choices stand among a trial's values."""

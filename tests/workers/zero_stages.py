@@ -1,6 +1,7 @@
 """Every student stage x teacher stage in one launch, each a run of the public `distill`.
 
-Arguments: folder with config.json (a toy configuration), prefix of the output folders, micro-batch size.
+Arguments: folder with config.json (a toy configuration), prefix of the output folders, micro-batch size, and stages as
+STUDENT-TEACHER (all of them if none is named).
 """
 
 import json
@@ -16,7 +17,8 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     folder, prefix, micro_batch_size = Path(arguments[0]), arguments[1], int(arguments[2])
     config = json.loads((folder / "config.json").read_text())
-    for student_stage, teacher_stage in STAGES:
+    named = [tuple(map(int, text.split("-"))) for text in arguments[3:]]
+    for student_stage, teacher_stage in named or STAGES:
         config["teacher"]["zero_stage"] = teacher_stage
         config["deepspeed"] = {"zero_optimization": {"stage": student_stage}}
         config["training"]["micro_batch_size"] = micro_batch_size

@@ -1,0 +1,85 @@
+"""The matrix products of `linear_kd_loss`: a chunk of logits, and what its gradient gives to hidden states and weight.
+
+Logits are fp32 (fp64 for fp64 inputs) whatever the head's dtype, and so are the sums of the weight's gradient. On a GPU
+the products of half precision run on its matrix units and add up in fp32. A CPU has no such product in PyTorch: there
+the head is widened a tile at a time, which costs one reading of it per chunk.
+
+Legend of shape suffixes: n rows of a chunk, H width of hidden states, C classes.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+WIDENED_BYTES = 8 * 2**20
+"""A tile of a head in fp32: the second-level caches of a few cores."""
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the factors: the wider one's; under autocast autocast's. A CPU multiplies in fp32 at least."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    device_type = hidden.device.type
+    if device_type == "cpu":
+        return torch.promote_types(dtype, torch.float32)
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
+def logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the logits from factors of `dtype`, and of the sums of a weight's gradient."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def prepared_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as the products take it: on a GPU in `dtype`, on a CPU as it is."""
+    return weight if weight.device.type == "cpu" else weight.to(dtype)
+
+
+def multiply(hidden_nH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, scale: float, out_nC: Tensor) -> None:
+    """out = scale (hidden weight^T + bias). out: [n, C] of `logits_dtype`, classes next to each other."""
+    if hidden_nH.dtype == out_nC.dtype:
+        for begin, end, tile in _tiles(weight_CH, out_nC.dtype):
+            part = out_nC[:, begin:end]
+            if bias_C is None:
+                torch.addmm(part, hidden_nH, tile.T, beta=0, alpha=scale, out=part)
+            else:
+                bias = bias_C[begin:end].to(out_nC.dtype)
+                torch.addmm(bias, hidden_nH, tile.T, beta=scale, alpha=scale, out=part)
+        return
+    torch.mm(hidden_nH, weight_CH.T, out_dtype=out_nC.dtype, out=out_nC)
+    if bias_C is not None:
+        out_nC.add_(bias_C)
+    if scale != 1:
+        out_nC.mul_(scale)
+
+
+def multiply_gradient(gradient_nC: Tensor, weight_CH: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """d hidden [n, H] = scale gradient weight; gradient in the dtype of the factors."""
+    out = gradient_nC.new_empty((gradient_nC.shape[0], weight_CH.shape[1]))
+    for begin, end, tile in _tiles(weight_CH, gradient_nC.dtype):
+        torch.addmm(out, gradient_nC[:, begin:end], tile, beta=int(begin > 0), alpha=scale, out=out)
+    return out.to(dtype)
+
+
+def add_product(left: Tensor, right: Tensor, scale: float, sums: Tensor, first: bool = False) -> None:
+    """sums += scale left right, in the dtype of the sums; both factors are of one dtype. first: whatever sums
+    held before is gone."""
+    beta = 0 if first else 1
+    if left.dtype == sums.dtype:
+        torch.addmm(sums, left, right, beta=beta, alpha=scale, out=sums)
+    else:
+        torch.addmm(sums, left, right, out_dtype=sums.dtype, beta=beta, alpha=scale, out=sums)
+
+
+def _tiles(weight_CH: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(begin, end, rows of the weight in `dtype`): all at once if they are in it already."""
+    classes, width = weight_CH.shape
+    if weight_CH.dtype == dtype:
+        yield 0, classes, weight_CH
+        return
+    size = max(64, WIDENED_BYTES // (width * dtype.itemsize))
+    for begin in range(0, classes, size):
+        end = min(classes, begin + size)
+        yield begin, end, weight_CH[begin:end].to(dtype)
