@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def make(setting_name: str, arm: str, seed: int, options: Options) -> dict[str, 
     done = finished(folder, description)
     if done is not None:
         return done
-    tokenizer = _tokenizer(setting, options.work / setting_name / "tokenizer", options)
+    tokenizer = train_tokenizer(options.work / setting_name / "tokenizer", _texts(setting, options))
     steps = description["steps"]
     print(f"{setting_name} {arm} seed {seed}: {steps} steps", file=sys.stderr, flush=True)
     goes_on = _read(folder / "begun.json") == description and (folder / "checkpoints").is_dir()
@@ -245,8 +245,8 @@ def _model(setting: Setting, shape: dict[str, int]) -> dict[str, Any]:
     return {"model_type": "llama", "max_position_embeddings": positions, "tie_word_embeddings": True, **shape}
 
 
-def _tokenizer(setting: Setting, folder: Path, options: Options) -> str:
-    """Folder of a byte-level BPE tokenizer that is trained on the setting's training text, once."""
+def train_tokenizer(folder: Path, texts: Iterable[str]) -> str:
+    """Folder of a byte-level BPE tokenizer that is trained on the texts, once."""
     if not (folder / "tokenizer.json").is_file():
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -255,7 +255,7 @@ def _tokenizer(setting: Setting, folder: Path, options: Options) -> str:
         trainer = trainers.BpeTrainer(
             vocab_size=VOCABULARY, special_tokens=["<eos>", "<pad>"], initial_alphabet=alphabet, show_progress=False
         )
-        backend.train_from_iterator(_texts(setting, options), trainer)
+        backend.train_from_iterator(texts, trainer)
         PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
     return str(folder)
 
