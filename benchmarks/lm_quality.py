@@ -3,11 +3,11 @@
     python -m benchmarks.lm_quality --data FOLDER [--settings shakespeare,instruct] [--arms ce,kd] [--seeds 0-2]
 
 FOLDER holds Parquet files: lm/tiny_shakespeare_{train,validation,test}.parquet (column text) and
-instruct/{short_tasks_train,self_instruct_seed_train,dolly_eval,self_instruct_user_eval}.parquet (columns instruction,
-input, output). A tokenizer and a teacher are trained on the spot; every arm then trains the same small student, from
-random weights drawn by its seed, over the same rows and steps. Runs are kept in the work folder: what is finished is
-not made again, and a run that was stopped goes on. Results: lm_quality.json, lm_quality.md and lm_quality.svg in
---output. `--report-only` renders what is there.
+instruct/{short_tasks_train,self_instruct_seed_train,alpaca_demo_train,alpaca_long_train}.parquet and
+instruct/{dolly_eval,self_instruct_user_eval}.parquet (columns instruction, input, output). A tokenizer and a teacher
+are trained on the spot; every arm then trains the same small student, from random weights drawn by its seed, over the
+same rows and steps. Runs are kept in the work folder: what is finished is not made again, and a run that was stopped
+goes on. Results: lm_quality.json, lm_quality.md and lm_quality.svg in --output. `--report-only` renders what is there.
 """
 
 import argparse
@@ -79,7 +79,9 @@ SETTINGS = {
     ),
     "instruct": Setting(
         "short instructions",
-        ("instruct/short_tasks_train.parquet", "instruct/self_instruct_seed_train.parquet"),
+        tuple(
+            f"instruct/{n}_train.parquet" for n in ("short_tasks", "self_instruct_seed", "alpaca_demo", "alpaca_long")
+        ),
         {"validation": "instruct/dolly_eval.parquet", "test": "instruct/self_instruct_user_eval.parquet"},
         {"prompt_column": "instruction", "input_column": "input", "response_column": "output", "generation_rows": 0},
         256,

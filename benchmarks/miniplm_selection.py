@@ -33,6 +33,7 @@ from mixkd_fast.offline_preparation import scores_of
 from mixkd_fast.teaching import TeachOptions, teach
 from mixkd_fast.version import __version__
 
+CORPORA = "c4_sample", "wikipedia_sample", "tiny_shakespeare"
 MAX_LENGTH = 128
 WORDS = 40
 """Of a passage."""
@@ -58,7 +59,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/miniplm_selection"))
     parser.add_argument("--output", type=Path, default=Path("runs/miniplm_selection"))
     options = parser.parse_args()
-    wanted = [options.data / f"lm/{name}_train.parquet" for name in ("c4_sample", "wikipedia_sample", "tiny_shakespeare")]
+    wanted = [options.data / f"lm/{name}_train.parquet" for name in CORPORA]
     for path in wanted:
         if not path.is_file():
             print(f"error: --data {options.data}: has no {path.relative_to(options.data)}", file=sys.stderr)

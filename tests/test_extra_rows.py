@@ -11,7 +11,18 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading_cases import write
-from toy import ROOT, launched, losses, must_run, program, run, save_toy_teacher, toy_config, toy_rows, toy_tokenizer
+from toy import (
+    ROOT,
+    losses,
+    must_run,
+    must_run_ranks,
+    program,
+    run,
+    save_toy_teacher,
+    toy_config,
+    toy_rows,
+    toy_tokenizer,
+)
 from transformers import AutoModelForSequenceClassification
 
 from mixkd_fast.cli_config import check_config
@@ -211,7 +222,7 @@ def test_whole_runs_on_one_rank_two_ranks_and_a_partitioned_teacher_agree(tmp_pa
     output = must_run(program(*arguments, f"output.directory={tmp_path / 'one'}"))
     assert "20 of 40 extra rows kept (dropped: 20 of low confidence); labels from the teacher" in output
     zero3 = ["--set", "teacher.zero_stage=3"]
-    must_run(launched(2, *arguments, f"output.directory={tmp_path / 'two'}", *zero3))
+    must_run_ranks(2, *arguments, f"output.directory={tmp_path / 'two'}", *zero3)
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
     for summary in summaries:
         data = summary["data"]

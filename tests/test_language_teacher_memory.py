@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import nn
-from toy import launched, must_run
+from toy import must_run_ranks
 from toy_lm import save_lm
 
 from mixkd_fast.configuration import Teacher
@@ -39,7 +39,7 @@ def measured(teacher: Path, rests: str) -> list[dict[str, Any]]:
     output = teacher.parent / rests
     if not output.exists():
         output.mkdir()
-        must_run(launched(2, str(teacher), str(output), rests, script=WORKER))
+        must_run_ranks(2, str(teacher), str(output), rests, script=WORKER)
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

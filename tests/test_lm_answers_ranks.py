@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy import launched, losses, must_run, records
+from toy import losses, must_run, must_run_ranks, records
 from toy_lm import language_config
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
     (folder / "config.json").write_text(json.dumps(config))
     must_run([sys.executable, WORKER, str(folder), "one", "4", "0-0"])
-    must_run(launched(2, str(folder), "two", "4", *(f"{s}-{t}" for s, t in STAGES), script=WORKER))
+    must_run_ranks(2, str(folder), "two", "4", *(f"{s}-{t}" for s, t in STAGES), script=WORKER)
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import launched, losses, must_run, records
+from toy import losses, must_run_ranks, records
 from toy_lm import language_config
 
 from mixkd_fast.configuration import Config, validate
@@ -146,7 +146,7 @@ def test_two_ranks_give_what_one_gives(tmp_path: Path, name: str) -> None:
     one = tmp_path / "one"
     alone = {**config, "output": {"directory": str(one)}}
     run(alone | {"training": config["training"] | {"micro_batch_size": 4}})
-    must_run(launched(2, str(tmp_path), "two", "4", *STAGES[name], script=WORKER))
+    must_run_ranks(2, str(tmp_path), "two", "4", *STAGES[name], script=WORKER)
     expected = losses(one)
     if name == "distillm":
         state = state_of(sorted((one / "checkpoints").glob("step-*"))[-1])

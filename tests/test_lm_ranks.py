@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import launched, losses, must_run, records
+from toy import losses, must_run, must_run_ranks, records
 from toy_lm import language_config, save_lm
 
 STAGES = [(2, 0), (3, 0), (3, 3)]
@@ -28,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "config.json").write_text(json.dumps(config))
     must_run([sys.executable, WORKER, str(folder), "one", "4", "0-0"])
-    must_run(launched(2, str(folder), "two", "2", *(f"{s}-{t}" for s, t in STAGES), script=WORKER))
+    must_run_ranks(2, str(folder), "two", "2", *(f"{s}-{t}" for s, t in STAGES), script=WORKER)
     return folder
 
 

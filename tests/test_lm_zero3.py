@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from toy import launched, losses, must_run
+from toy import losses, must_run_ranks
 from toy_lm import byte_tokenizer, language_task, save_lm, sentences
 from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "one.jsonl").write_text(json.dumps({"text": "the cat sat."}) + "\n")
     runs = [fields_of(folder, name, *run) for name, run in zip(IDS, RUNS, strict=True)]
     (folder / "runs.json").write_text(json.dumps(runs))
-    must_run(launched(2, str(folder / "runs.json"), script=WORKER))
+    must_run_ranks(2, str(folder / "runs.json"), script=WORKER)
     return folder
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
-from toy import launched, losses, must_run, records
+from toy import losses, must_run_ranks, records
 from toy_lm import SHAPE, byte_tokenizer, language_config, save_lm
 from transformers import AutoModelForCausalLM
 
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs.append(config)
     (folder / "runs.json").write_text(json.dumps(runs))
     distill(**lora_config(folder, "one"), progress=False)
-    must_run(launched(2, str(folder / "runs.json"), script=WORKER))
+    must_run_ranks(2, str(folder / "runs.json"), script=WORKER)
     return folder
 
 

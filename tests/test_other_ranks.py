@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import launched, losses, must_run, program, records, run, toy_config
+from toy import launched, losses, must_run, must_run_ranks, program, records, run, toy_config
 
 from mixkd_fast import universal
 from mixkd_fast.errors import CheckpointError
@@ -62,12 +61,6 @@ def _start_over(folder: Path, source: str, target: str) -> None:
         shutil.rmtree(folder / target / name)
 
 
-def _command(ranks: int, *arguments: str) -> list[str]:
-    if ranks == 1:
-        return [sys.executable, WORKER, *arguments]
-    return launched(ranks, *arguments, script=WORKER)
-
-
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case that is asked for, whole on 1 and on 2 ranks, and continued from step 4 on others."""
@@ -80,7 +73,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             name = f"{case}-whole{ranks}"
             (folder / f"{name}.json").write_text(json.dumps(_config(folder, case, name)))
             names.append(name)
-        must_run(_command(ranks, str(folder), "start", *names))
+        must_run_ranks(ranks, str(folder), "start", *names, script=WORKER)
     for (before, after), cases in changes.items():
         names = []
         for case in cases:
@@ -90,7 +83,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             (folder / f"{name}.json").write_text(json.dumps(config))
             _rename_output(folder / name, config)
             names.append(name)
-        output = must_run(_command(after, str(folder), "resume", *names))
+        output = must_run_ranks(after, str(folder), "resume", *names, script=WORKER)
         assert output.count(f"after step 4 of 8, written by {before} ranks") == len(cases)
     return folder
 

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from safetensors.torch import load_file
-from toy import ROOT, environment, launched, losses, must_run, program, records, run, toy_config
+from toy import ROOT, environment, launched, losses, must_run, must_run_ranks, program, records, run, toy_config
 
 STAGES = (0, 1, 2, 3)
 WORKER = "tests/workers/resume_stages.py"
@@ -102,12 +102,12 @@ def test_resumed_weights_and_evaluations_are_bit_identical(stages: Path, stage: 
 
 def test_two_ranks_killed_and_resumed_are_bit_identical(tmp_path: Path) -> None:
     path = _write_config(tmp_path, deepspeed={"zero_optimization": {"stage": 2}}, training={"micro_batch_size": 2})
-    must_run(launched(2, "--config", str(path), "--set", f"output.directory={tmp_path / 'whole'}"))
+    must_run_ranks(2, "--config", str(path), "--set", f"output.directory={tmp_path / 'whole'}")
     arguments = ["--config", str(path), "--set", f"output.directory={tmp_path / 'killed'}"]
     process = _start(launched(2, *arguments))
     _wait_for_steps(tmp_path / "killed", KILL_AFTER, process)
     _kill_tree(process)
-    output = must_run(launched(2, *arguments, "--resume"))
+    output = must_run_ranks(2, *arguments, "--resume")
     assert "Resuming from" in output
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     _same_weights(tmp_path / "whole", tmp_path / "killed")

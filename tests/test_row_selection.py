@@ -13,7 +13,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from tiny_models import FAMILIES, tiny_encoder
 from torch import Tensor
-from toy import launched, losses, must_run, toy_config, toy_rows, toy_tokenizer
+from toy import losses, must_run_ranks, toy_config, toy_rows, toy_tokenizer
 
 from mixkd_fast import distill
 from mixkd_fast.data.batching import Batch, EvaluationBatches, Padding
@@ -126,5 +126,5 @@ def test_two_ranks_choose_and_train_as_one(tmp_path: Path) -> None:
     distill(**config, progress=False)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    must_run(launched(2, "--config", str(path), "--set", f"output.directory={tmp_path / 'two'}"))
+    must_run_ranks(2, "--config", str(path), "--set", f"output.directory={tmp_path / 'two'}")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
-from toy import launched, losses, must_run, program, records, run, toy_config, toy_rows, toy_tokenizer
+from toy import losses, must_run, must_run_ranks, program, records, run, toy_config, toy_rows, toy_tokenizer
 
 from mixkd_fast.data.batching import Padding
 from mixkd_fast.data.shard_index import open_shards
@@ -226,7 +226,7 @@ def test_a_run_streams_on_one_and_two_ranks_and_resumes_on_the_other(tmp_path: P
     must_run(program("--config", config, "--set", f"output.directory={tmp_path / 'one'}"))
     expected = losses(tmp_path / "one")
     assert len(set(expected)) == 16
-    must_run(launched(2, "--config", config))
+    must_run_ranks(2, "--config", config)
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
     must_run(["rm", "-r", str(tmp_path / "run" / "checkpoints" / "step-00000016")])
     output = must_run(program("--config", config, "--resume"))

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from toy import launched, must_run, save_toy_teacher
+from toy import must_run_ranks, save_toy_teacher
 
 WORKER = "tests/workers/teacher_memory.py"
 SHAPE = {"hidden_size": 640, "num_hidden_layers": 16, "num_attention_heads": 8, "intermediate_size": 2560}
@@ -18,7 +18,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     for stage in ("0", "3"):
         output = folder / stage
         output.mkdir()
-        must_run(launched(2, str(teacher), stage, str(output), script=WORKER))
+        must_run_ranks(2, str(teacher), stage, str(output), script=WORKER)
         result[stage] = [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
     result["size"] = (teacher / "model.safetensors").stat().st_size / 2**20
     return result

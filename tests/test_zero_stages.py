@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import launched, losses, must_run, records, toy_config
+from toy import losses, must_run, must_run_ranks, records, toy_config
 
 STAGES = [(student, teacher) for student in (0, 1, 2, 3) for teacher in (0, 3)]
 WORKER = "tests/workers/zero_stages.py"
@@ -20,7 +20,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = toy_config(folder, training={"steps": 6, "batch_size": 16, "evaluate_every": 3})
     (folder / "config.json").write_text(json.dumps(config))
     must_run([sys.executable, WORKER, str(folder), "one", "8"])
-    must_run(launched(2, str(folder), "two", "4", script=WORKER))
+    must_run_ranks(2, str(folder), "two", "4", script=WORKER)
     return folder
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from preloaded import ROOT, run_script
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parent.parent
 _GOOD = ["fine", "great", "lovely", "superb", "warm"]
 _BAD = ["awful", "cold", "dull", "poor", "sad"]
 _OTHER = ["a", "film", "is", "plot", "story", "the", "this", "very", "with"]
@@ -144,7 +144,10 @@ def free_port() -> int:
 
 
 def run(command: list[str], timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the checkout and keep what it prints."""
+    """Run a command in the checkout and keep what it prints; a Python script in a forked process where that works."""
+    is_script = command[0] == sys.executable and (command[1] == "-m" or command[1].endswith(".py"))
+    if is_script and not torch.cuda.is_available():
+        return run_script(command[1:], [environment(**more)], timeout)
     return subprocess.run(
         command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -152,11 +155,26 @@ def run(command: list[str], timeout: float = 300, **more: str) -> subprocess.Com
 
 def must_run(command: list[str], timeout: float = 300, **more: str) -> str:
     """Run a command that has to succeed; returns its output."""
-    result = run(command, timeout, **more)
+    return _output_of(run(command, timeout, **more))
+
+
+def _output_of(result: subprocess.CompletedProcess[str]) -> str:
     assert result.returncode == 0, (
-        f"{command} ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
+        f"{result.args} ended with {result.returncode}:\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
     )
     return result.stdout + result.stderr
+
+
+def must_run_ranks(
+    ranks: int, *arguments: str, script: str = "mixkd_fast/train.py", timeout: float = 300, **more: str
+) -> str:
+    """Run a script as that many ranks, without a launcher's own processes; returns what they print."""
+    if torch.cuda.is_available():
+        return must_run(launched(ranks, *arguments, script=script), timeout, **more)
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environments = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared, **more) for rank in range(ranks)]
+    return _output_of(run_script([script, *arguments], environments, timeout))
 
 
 def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
