@@ -113,15 +113,19 @@ def run_config(config: Config, loaded: Loaded | None = None, resume: bool = Fals
     if keeps_memory:
         keep_freed_memory()
     try:
-        with watched_ranks(config.training.rank_timeout_s, f"{config.output.directory}/checkpoints"):
-            return _run(config, loaded, device, resume, progress)
+        with (
+            watched_ranks(config.training.rank_timeout_s, f"{config.output.directory}/checkpoints"),
+            RunFolder(config, resume) as folder,
+        ):
+            return _run(config, loaded, folder, device, resume, progress)
     finally:
         if keeps_memory:
             give_back_freed_memory()
 
 
-def _run(config: Config, loaded: Loaded, device: torch.device, resume: bool, progress: bool) -> Result:
-    folder = RunFolder(config, resume)
+def _run(
+    config: Config, loaded: Loaded, folder: RunFolder, device: torch.device, resume: bool, progress: bool
+) -> Result:
     started = time.time()
     parts = prepare(config, loaded, device)
     extras = config.method.build(setting_of(config, loaded, parts, device))

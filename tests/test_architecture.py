@@ -44,7 +44,7 @@ LAYERS = [
     {"fused_encoder"},
     {"encoder_parts", "encoder_tables", "packed_attention", "quantized_teacher"},
     {"sweep_file"},
-    {"build_locks", "configuration", "distributed"},
+    {"build_locks", "configuration", "distributed", "folder_lock"},
     {"config_errors", "host_memory", "partition", "strict_json", "teacher_section"},
     {"methods"},
     {"encoder_readings", "losses", "mix", "mixing"},
