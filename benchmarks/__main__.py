@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given[:1] == ["train_step"]:
         from benchmarks import train_step
 
-        device = torch.device("cuda" if "cuda" in given else "cpu")
+        device = torch.device("cuda" if "cuda" in given and torch.cuda.is_available() else "cpu")
         return train_step.main(given[1:], {"command": command(given), **facts(device)})
     options = _options(given)
     ops = OPS if options.op == "all" else (options.op,)

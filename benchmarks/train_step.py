@@ -48,6 +48,8 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "tuned": 2e-2}
 def main(arguments: list[str], facts: dict[str, Any]) -> None:
     """Run the benchmark. Args: facts = commit, versions, device, for the report."""
     options = _options(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: PyTorch finds no CUDA device here")
     stop = time.monotonic() + options.stop_after
     models = options.models.split(",") if options.models else (["minilm"] if options.device == "cpu" else list(SIZES))
     unknown = [name for name in models if name not in SIZES]
