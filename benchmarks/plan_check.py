@@ -1,6 +1,6 @@
-"""Is `mixkd-fast plan` right? Predicts the speed of training steps on this CPU, then runs them and compares.
+"""Is `mixkd-fast plan` right? Predicts the speed of training steps on this CPU or GPU, then runs them and compares.
 
-    python -m benchmarks.plan_check [--precision bf16] [--batching length] [--steps 30]
+    python -m benchmarks.plan_check [--device cuda] [--precision bf16] [--batching length] [--steps 30] [--json FILE]
 
 A BERT of MiniLM's size (6 layers x 384) and random weights teaches its first 3 layers on rows of random words whose
 lengths follow MNLI's. The prediction is made before and after the run, because the machine may change in between.
@@ -9,6 +9,7 @@ lengths follow MNLI's. The prediction is made before and after the run, because 
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from benchmarks.machine import facts, headline, planned_gpu, write_both
 from mixkd_fast import distill
 from mixkd_fast.configuration import Config, validate
 from mixkd_fast.distillation import Result
@@ -38,9 +40,34 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=None)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=here)
+    parser.add_argument("--json", type=Path, help="file of the results; .md is written beside it")
     options = parser.parse_args()
+    if options.device != here:  # runs take the GPU where there is one
+        sys.exit(f"--device {options.device}: runs here take {here} (CUDA_VISIBLE_DEVICES= hides a GPU)")
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(check(Path(folder), options), indent=2))
+        found = check(Path(folder), options)
+    print(json.dumps(found, indent=2))
+    if options.json is not None:
+        report = {**facts(torch.device(options.device)), **found}
+        write_both(report, page(report), options.json)
+
+
+def page(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    predictions = ", ".join(f"{rate:.1f}" for rate in report["predicted_rows_per_s"])
+    return "\n".join(
+        [
+            "# The plan against a run",
+            "",
+            headline(report),
+            "",
+            "| measured, rows/s | predicted before and after | predicted / measured |",
+            "| ---: | ---: | ---: |",
+            f"| {report['measured_rows_per_s']:.1f} | {predictions} | {report['predicted_over_measured']:.2f} |",
+        ]
+    )
 
 
 def check(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -69,9 +96,10 @@ def check(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "output": {"directory": str(folder / "run"), "report": False},
     }
     config = validate(Config, fields)
-    before = predicted(config)
+    planned = "cpu" if options.device == "cpu" else planned_gpu(torch.cuda.get_device_name())
+    before = predicted(config, planned)
     result, cpu_s = timed(fields)
-    after = predicted(config)
+    after = predicted(config, planned)
     measured = float(result.summary["training"]["samples_per_s"])
     mean = (before["rows_per_s"] + after["rows_per_s"]) / 2
     report: dict[str, Any] = {
@@ -99,9 +127,9 @@ def timed(fields: dict[str, Any]) -> tuple[Result, float]:
     return result, time.process_time() - started
 
 
-def predicted(config: Config) -> dict[str, Any]:
-    """The plan's rows per second and its parts on this CPU."""
-    speed = make_plan(config, ["cpu"], [1]).devices[0].counts[0].throughput
+def predicted(config: Config, planned: str) -> dict[str, Any]:
+    """The plan's rows per second and its parts on one device: "cpu", or a GPU of its table."""
+    speed = make_plan(config, [planned], [1]).devices[0].counts[0].throughput
     assert speed is not None
     return {"rows_per_s": speed.rows_per_s, "parts_ms": {part.name: 1e3 * part.seconds for part in speed.parts}}
 

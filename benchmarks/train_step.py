@@ -9,6 +9,7 @@ identical batches.
 import argparse
 import copy
 import json
+import math
 import os
 import random
 import statistics
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,18 @@ import numpy as np
 import torch
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
+from benchmarks.machine import ROOT, planned_gpu, write_both
 from benchmarks.plan_check import save_tokenizer, write_rows
 from benchmarks.train_report import markdown, plot
 from mixkd_fast.planning.flops import EncoderShape, forward_flops
 from mixkd_fast.planning.hardware import GPUS
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
     # width, layers, heads, feed-forward, student layers
-    "minilm": (384, 6, 12, 1536, 3),
-    "bert-base": (768, 12, 12, 3072, 6),
+    # The one with a bar for its MFU first.
     "bert-large": (1024, 24, 16, 4096, 6),
+    "bert-base": (768, 12, 12, 3072, 6),
+    "minilm": (384, 6, 12, 1536, 3),
 }
 ARMS = ("textbook", "tuned", "tuned_reusing", "tuned_compiled", "mixkd_fast")
 REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
@@ -45,50 +48,114 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "tuned": 2e-2}
 def main(arguments: list[str], facts: dict[str, Any]) -> None:
     """Run the benchmark. Args: facts = commit, versions, device, for the report."""
     options = _options(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: PyTorch finds no CUDA device here")
+    stop = time.monotonic() + options.stop_after
     models = options.models.split(",") if options.models else (["minilm"] if options.device == "cpu" else list(SIZES))
-    results: list[dict[str, Any]] = []
-    report = {"command": facts.pop("command"), **facts, "tolerance": TOLERANCE, "results": results}
+    unknown = [name for name in models if name not in SIZES]
+    if unknown:
+        sys.exit(f"--models {','.join(unknown)}: allowed: {', '.join(SIZES)}")
+    results: dict[str, dict[str, Any]] = {}
+    report = {"command": facts.pop("command"), **facts, "tested": options.tested, "tolerance": TOLERANCE}
+    report |= {"results": [], "not_run": []}
+
+    def write() -> None:
+        if options.json is not None:
+            write_both(report, markdown(report), options.json)
+
+    def save(result: dict[str, Any]) -> None:
+        results[result["model"]] = result
+        report["results"] = list(results.values())
+        write()
+
     for name in models:
-        results.append(measure(name, options))
-        if options.json is not None:  # what is measured stays if a later model is cut off
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            options.json.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+        if time.monotonic() > stop:
+            report["not_run"].append(name)
+            write()
+            continue
+        measure(name, options, stop, save)
+        if options.json is not None:
             plot(report, options.json.with_suffix(".svg"))
     print(markdown(report))
-    if any(not result["agreement"]["agrees"] for result in results):
-        sys.exit("the losses of the arms differ by more than the tolerance: the times mean nothing")
+    lacking = [f"{result['model']} {what}" for result in results.values() for what in lacking_parts(result)]
+    lacking += [f"{name}: not begun, no time was left" for name in report["not_run"]]
+    if lacking:
+        sys.exit("\n".join(lacking))
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All arms on models of one size."""
-    with tempfile.TemporaryDirectory() as folder:
-        job = make_job(name, Path(folder), options)
-        agreement = compare_losses(job)
-        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-        order, shuffle = list(ARMS), random.Random(0)
-        for number in range(options.rounds):
-            shuffle.shuffle(order)
-            for arm in order:
-                if arm == "tuned_reusing" and options.device != "cpu":
-                    continue
-                # Compiling takes minutes: once shows it.
-                if arm != "tuned_compiled" or number == 0:
-                    runs[arm].append(run_arm(arm, job))
-        parts = profile(job)
-        peak = peak_flops(options.device, job["threads"])
-        arms = {arm: summarise(arm, runs[arm], job, peak) for arm in ARMS if runs[arm]}
+def lacking_parts(result: dict[str, Any]) -> list[str]:
+    """What failed and what was not run, for the last lines of the program."""
+    found = [f"{part}: {why}" for part, why in result["failures"].items()]
+    if result["agreement"] is not None and not result["agreement"]["agrees"]:
+        found.append("the losses of the arms differ by more than the tolerance: the times mean nothing")
+    return found + [f"{part}: not run, no time was left" for part in result["not_run"]]
+
+
+def measure(
+    name: str,
+    options: argparse.Namespace,
+    stop: float = math.inf,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """All arms on models of one size.
+
+    Args: stop = time.monotonic() after which nothing new is begun; save gets the result whenever there is more of it.
+    An arm that fails is named in "failures", what is not begun in "not_run".
+    """
     keys = ("rows", "batch_size", "epochs", "max_length", "textbook_steps", "warmup_steps", "threads")
-    return {
+    result: dict[str, Any] = {
         "model": name,
         "teacher_layers": SIZES[name][1],
         "student_layers": SIZES[name][4],
-        "job": {key: job[key] for key in keys},
-        "peak_flops": peak,
-        "agreement": agreement,
-        "arms": arms,
-        "parts_ms": parts,
+        "agreement": None,
+        "arms": {},
+        "parts_ms": {},
+        "failures": {},
+        "not_run": [],
     }
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(name, Path(folder), options)
+        peak = peak_flops(options.device, job["threads"])
+        result |= {"job": {key: job[key] for key in keys}, "peak_flops": peak}
+        runs: dict[str, list[dict[str, Any]]] = {}
+
+        def run(what: str) -> None:
+            if what == "agreement":
+                result["agreement"] = compare_losses(job)
+            elif what == "profile":
+                result["parts_ms"] = profile(job)
+            else:
+                runs.setdefault(what, []).append(run_arm(what, job))
+                summaries = {arm: summarise(arm, runs[arm], job, peak) for arm in ARMS if arm in runs}
+                result["arms"] = summaries
+
+        for what in work(options):
+            if time.monotonic() > stop:
+                result["not_run"].append(what)
+                continue
+            try:
+                run(what)
+            except (RuntimeError, AssertionError, OSError) as error:  # of CUDA too: the next has a process of its own
+                result["failures"][what] = f"{type(error).__name__}: {error}"
+                print(f"{what} failed: {error}", file=sys.stderr, flush=True)
+            save(result)
+    save(result)
+    return result
+
+
+def work(options: argparse.Namespace) -> list[str]:
+    """What is done with models of one size, in order."""
+    # Freed memory is kept by PyTorch on a GPU.
+    arms = [arm for arm in ARMS if not (arm == "tuned_reusing" and options.device != "cpu")]
+    if options.rounds == 1:
+        # Nothing is compared between rounds, and time may be short: what bars speak of comes first.
+        return ["mixkd_fast", *[arm for arm in arms if arm != "mixkd_fast"], "agreement", "profile"]
+    order, shuffle, found = list(arms), random.Random(0), ["agreement"]
+    for number in range(options.rounds):
+        shuffle.shuffle(order)
+        # Compiling takes minutes: once shows it.
+        found += [arm for arm in order if arm != "tuned_compiled" or number == 0]
+    return [*found, "profile"]
 
 
 def profile(job: dict[str, Any]) -> dict[str, float]:
@@ -150,7 +217,7 @@ def run_arm(arm: str, job: dict[str, Any], more_environment: dict[str, str] | No
     command = [sys.executable, "-m", "benchmarks.train_arms", arm, str(job_file), str(output)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        sys.exit(f"{arm} failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(done.stderr[-3000:].strip() or f"status {done.returncode}")
     result: dict[str, Any] = json.loads(output.read_text())
     return result
 
@@ -238,11 +305,10 @@ def flops_per_row(arm: str, job: dict[str, Any]) -> float:
 def peak_flops(device: str, threads: int) -> float:
     """bf16 FLOP/s: published for a GPU in the table of `mixkd-fast plan`; measured by a large product on the CPU."""
     if device == "cuda":
-        name = torch.cuda.get_device_properties(0).name
-        found = next((entry for key, entry in GPUS.items() if key in name), None)
-        if found is None:
-            sys.exit(f"no published peak for {name}")
-        return found.flops_per_s["bf16"]
+        try:
+            return GPUS[planned_gpu(torch.cuda.get_device_properties(0).name)].flops_per_s["bf16"]
+        except LookupError as error:
+            sys.exit(f"no MFU without a published peak: {error}")
     torch.set_num_threads(threads)
     matrix = torch.randn(2048, 2048).to(torch.bfloat16)
     best = float("inf")
@@ -264,4 +330,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--textbook-steps", type=int, default=8, help="steps of the textbook arm that are timed")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--tested", default="", help="what the tests said that ran before, for the report")
+    parser.add_argument(
+        "--stop-after", type=float, default=math.inf, metavar="SECONDS", help="begin nothing new after this time"
+    )
     return parser.parse_args(arguments)

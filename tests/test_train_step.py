@@ -48,6 +48,37 @@ def test_page_and_plot(result: dict, tmp_path: Path) -> None:  # type: ignore[ty
     assert "backward" in (tmp_path / "plot.svg").read_text()
 
 
+def test_an_arm_that_fails_or_no_longer_fits_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        device="cpu", rows=64, epochs=1, batch_size=16, rounds=1, textbook_steps=2, threads=1, models="tiny"
+    )
+    monkeypatch.setitem(train_step.SIZES, "tiny", TINY)
+    ran: list[str] = []
+
+    def run_arm(arm: str, job: dict) -> dict:  # type: ignore[type-arg]
+        ran.append(arm)
+        if arm == "tuned":
+            raise RuntimeError("a long story\nout of memory")
+        if arm == "tuned_reusing":
+            monkeypatch.setattr(train_step.time, "monotonic", lambda: 1e9)
+        return {"epochs": [{"seconds": 1.0, "rows": 64, "tokens": 640}], "store_seconds": 0.0, "peak_mib": 1.0}
+
+    monkeypatch.setattr(train_step, "run_arm", run_arm)
+    arms: list[list[str]] = []
+    found = train_step.measure("tiny", options, 5e8, lambda result: arms.append(list(result["arms"])))
+    assert ran == ["mixkd_fast", "textbook", "tuned", "tuned_reusing"]
+    assert found["failures"] == {"tuned": "RuntimeError: a long story\nout of memory"}
+    assert found["not_run"] == ["tuned_compiled", "agreement", "profile"]
+    assert arms[0] == ["mixkd_fast"] and sorted(arms[-1]) == ["mixkd_fast", "textbook", "tuned_reusing"]
+    device = {"name": "a processor", "type": "cpu", "threads": 1}
+    report = {"command": "it", "commit": "abc", "versions": {"torch": "2"}, "device": device, "results": [found]}
+    text = train_report.markdown({**report, "tested": "3 failed", "not_run": ["minilm"]})
+    assert "- tuned FAILED: out of memory" in text and "no time was left: tuned_compiled" in text
+    assert "Tests of the ops before: 3 failed." in text and "Not begun, no time was left: minilm." in text
+    train_report.plot(report, tmp_path / "plot.svg")
+    assert len(train_step.lacking_parts(found)) == 4
+
+
 def test_flops_count_only_what_an_arm_computes(tmp_path: Path) -> None:
     options = argparse.Namespace(device="cpu", rows=64, epochs=3, batch_size=16, textbook_steps=2, threads=1)
     with pytest.MonkeyPatch.context() as patch:
