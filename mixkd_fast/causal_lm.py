@@ -45,6 +45,21 @@ class Head(NamedTuple):
         logits = self.scale * F.linear(hidden, self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def in_fp32(self) -> Head:
+        """The same with weight and bias in fp32."""
+        return self._replace(weight=self.weight.float(), bias=None if self.bias is None else self.bias.float())
+
+
+def head_of(output: Any, config: Any) -> Head:
+    """An output embedding as the model's configuration says that it is applied."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    softcap = getattr(text, "final_logit_softcapping", None)
+    scale = getattr(text, "logit_scale", None) or 1.0
+    scale *= getattr(text, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0
+    bias = getattr(output, "bias", None)
+    return Head(output.weight, bias, None if softcap is None else float(softcap), float(scale))
+
 
 class CausalLM(nn.Module):
     """A transformers causal language model behind `hidden`, `head`, `answers` and `generate`.
@@ -112,13 +127,7 @@ class CausalLM(nn.Module):
 
     def head(self) -> Head:
         """The output layer; of a model that ZeRO-3 partitions inside its engine's forward or `gathered_head` only."""
-        output: Any = self.model.get_output_embeddings()
-        text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
-        softcap = getattr(text, "final_logit_softcapping", None)
-        scale = getattr(text, "logit_scale", None) or 1.0
-        scale *= getattr(text, "lm_head_multiplier", None) or 1.0
-        scale /= getattr(text, "logits_scaling", None) or 1.0
-        return Head(output.weight, getattr(output, "bias", None), softcap, float(scale))
+        return head_of(self.model.get_output_embeddings(), self.config)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters that `head` reads."""

@@ -153,12 +153,21 @@ def test_bars_of_heads() -> None:
     kept = bench_linear_kd_loss.kept_bytes(case)
     assert kept == (8192 + 128256) * 4096 * 2 + 128256 * 4096 * 4
     measured = arms(copy=1, eager=100, cuda=50)
+    in_forward = bench_linear_kd_loss.forward_kept_bytes(case)
+    assert in_forward == 8192 * 4096 * 2 + 128256 * 4096 * 4
     for arm in measured:
-        arm |= {"tflop_per_s": 700.0, "peak_bytes": kept + 2**29}
+        arm |= {"tflop_per_s": 700.0, "peak_bytes": kept + 2**29, "forward_peak_bytes": in_forward + 2**28}
     entry = {"op": "linear_kd_loss", "case": described, "kept_bytes": kept, "arms": measured}
-    found = bars([entry], {"type": "cuda", "capability": [9, 0]})
-    of_cuda = [(bar["measured"], bar["passed"]) for bar in found if bar["backend"] == "cuda"]
-    assert of_cuda == [(2.0, True), (512.0, True), (None, None), (700.0, True)]
+    entry["forward_kept_bytes"] = in_forward
+
+    def of_cuda() -> list[tuple[float | None, bool | None]]:
+        found = bars([entry], {"type": "cuda", "capability": [9, 0]})
+        return [(bar["measured"], bar["passed"]) for bar in found if bar["backend"] == "cuda"]
+
+    assert of_cuda() == [(2.0, True), (512.0, True), (None, None), (700.0, True)]
+    for arm in measured:  # A buffer as large as the weight's gradient, gone before that is made.
+        arm |= {"peak_bytes": kept, "forward_peak_bytes": in_forward + 128256 * 4096 * 2}
+    assert of_cuda()[1] == (128256 * 4096 * 2 / 2**20, False)
     slower = bars([entry], {"type": "cpu", "capability": None})
     assert {bar["passed"] for bar in slower} == {None}
 
