@@ -177,7 +177,6 @@ class CausalLM(nn.Module):
             raise ModelError(f"a prompt of {prompt_ids.shape[1]} tokens leaves the model no position for an answer")
         drawn = options.temperature > 0
         chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p} if drawn else {}
-        # Afresh: what a repository recommends (penalties, least lengths) is not what was asked for.
         settings = type(model.generation_config)(
             max_new_tokens=room,
             do_sample=drawn,
@@ -190,7 +189,7 @@ class CausalLM(nn.Module):
         devices = [prompt_ids.device] if prompt_ids.device.type == "cuda" else []
         partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         try:
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=devices), _plainly_generating(model, limit):
                 torch.manual_seed(seed)
                 generated: Tensor = model.generate(
                     input_ids=prompt_ids,
@@ -217,6 +216,27 @@ class CausalLM(nn.Module):
             inputs["logits_to_keep"] = 1
         found = self.model(**inputs, return_dict=True)
         return found.logits[:, -1], found.past_key_values
+
+
+@contextmanager
+def _plainly_generating(model: Any, limit: int | None) -> Iterator[None]:
+    """Here the model has no generation settings of its own, with which transformers fills in what a call leaves open,
+    and takes positions beyond its limit for its last one: it may have to go on where other ranks have room left.
+    """
+
+    def within(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if limit and named.get("position_ids") is not None:
+            named = {**named, "position_ids": named["position_ids"].clamp(max=limit - 1)}
+        return arguments, named
+
+    own = model.generation_config
+    model.generation_config = type(own)()
+    hook = model.register_forward_pre_hook(within, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        model.generation_config = own
 
 
 def answers_of(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
