@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,10 +93,12 @@ def test_the_same_answers_to_a_share_of_a_text_teach_nothing() -> None:
     rows, student = byte_rows(prompts=False), student_lm(258)
     rests = [rows.row(row)[int(length * 0.5) :].tolist() for row, length in enumerate(rows.lengths)]
     longest = max(map(len, rests))
-    student.generate = lambda *_: torch.tensor([rest + [257] * (longest - len(rest)) for rest in rests])
+    copying = SimpleNamespace(
+        generate=lambda *_: torch.tensor([rest + [257] * (longest - len(rest)) for rest in rests])
+    )
     for method in (DPKD(beta=2.0), DistiLLM2()):
         extras = method.build(setting_of(rows))
-        batch = method.prepare_batch(byte_batch(rows), student, teacher_lm(258), extras, MOMENT)
+        batch = method.prepare_batch(byte_batch(rows), copying, teacher_lm(258), extras, MOMENT)
         assert batch.companion is not None
         for name in ("input_ids", "labels", "prompt_lengths"):
             assert torch.equal(getattr(batch, name), getattr(batch.companion, name)), name

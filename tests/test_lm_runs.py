@@ -115,6 +115,7 @@ def test_drawn_answers_are_those_of_the_run(
     config["training"] |= {"steps": 1, "evaluate_every": 1, "seed": 7}
     result = run(config)
     of_the_run = list(calls)
+    capsys.readouterr()
     assert main([str(tmp_path / "run" / "student")]) == 0
     assert calls[len(of_the_run) :] == of_the_run and {tokens for _, tokens in calls} == {258}
     found = json.loads(capsys.readouterr().out)["validation"]
