@@ -24,7 +24,8 @@ from mixkd_fast.configuration import BatchArithmetic, Config, validate
 from mixkd_fast.data.batching import Batch, Padding, micro_batches
 from mixkd_fast.data.planned_batches import PlannedBatches
 from mixkd_fast.deepspeed_config import student_deepspeed_config
-from mixkd_fast.engine import DistillationModule, Engine, start_distributed
+from mixkd_fast.distillation_module import DistillationModule
+from mixkd_fast.engine import Engine, start_distributed
 from mixkd_fast.frozen_teacher import FrozenTeacher
 from mixkd_fast.host_memory import keep_freed_memory
 from mixkd_fast.methods import MixKD, Moment

@@ -227,7 +227,7 @@ def compare_losses(job: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.train_arms import load_models, load_rows, mixkd_loss, pad
     from mixkd_fast.data.batching import Padding, micro_batches
     from mixkd_fast.data.planned_batches import PlannedBatches
-    from mixkd_fast.engine import DistillationModule
+    from mixkd_fast.distillation_module import DistillationModule
     from mixkd_fast.frozen_teacher import FrozenTeacher
     from mixkd_fast.methods import MixKD, Moment
     from mixkd_fast.models import Encoder

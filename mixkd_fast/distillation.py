@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from mixkd_fast import distributed
 from mixkd_fast.configuration import Config, Output, Student, Task, Teacher, Training, validate
-from mixkd_fast.engine import DistillationModule, Engine, start_distributed
+from mixkd_fast.distillation_module import DistillationModule
+from mixkd_fast.engine import Engine, start_distributed
 from mixkd_fast.host_memory import give_back_freed_memory, keep_freed_memory
 from mixkd_fast.method_setting import setting_of
 from mixkd_fast.methods import AnyMethod, FineTune, Method

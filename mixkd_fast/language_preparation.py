@@ -56,6 +56,7 @@ def load_language_teacher(
     if section.zero_stage == 3:
         check_vocabulary(source.skeleton(), tokenizer, "teacher")
         sharded = load_sharded_teacher(section, source, precision, arithmetic.micro_batch_size, device)
+        sharded.check_head()
         return FrozenTeacher(sharded, _no_digest)
     lm = load_teacher_lm(section, precision)
     check_vocabulary(lm.model, tokenizer, "teacher")

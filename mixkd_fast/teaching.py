@@ -28,6 +28,7 @@ from mixkd_fast.engine import start_distributed
 from mixkd_fast.errors import ConfigurationError, MixKDError, ModelError
 from mixkd_fast.frozen_teacher import FrozenTeacher
 from mixkd_fast.language_preparation import load_language_teacher
+from mixkd_fast.language_task import vocabulary_size
 from mixkd_fast.model_checks import largest_layer_numel
 from mixkd_fast.model_preparation import Loaded
 from mixkd_fast.models import load_tokenizer, teacher_source
@@ -106,7 +107,7 @@ def teach(config: Config, options: TeachOptions, progress: bool = True) -> Taugh
     with teacher.gathered_head():
         head = teacher.head()
         num_classes, width = head.weight.shape
-    candidates = min(num_classes, len(tokenizer))
+    candidates = min(num_classes, vocabulary_size(tokenizer))
     if options.kind == "top_k" and options.k > candidates:
         raise ConfigurationError(f"--k is {options.k}; allowed: 1..{candidates}, the tokenizer's vocabulary")
     k, keeps_width = (options.k if options.kind == "top_k" else None), options.kind == "hidden"

@@ -30,6 +30,7 @@ LAYERS = [
     {"offline"},
     {"teacher"},
     {"engine"},
+    {"distillation_module"},
     {"planning"},
     {
         *("compare", "evaluation", "generation", "interrupt", "language_models", "model_card", "models", "report"),
@@ -39,7 +40,7 @@ LAYERS = [
     {"pretrained", "student_layers"},
     {"model_checks"},
     {"teacher_store"},
-    {"step_records", "store_entries", "universal"},
+    {"extra_states", "step_records", "store_entries", "universal"},
     {"causal_lm", "checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
     {"fused_encoder"},
     {"encoder_parts", "encoder_tables", "packed_attention", "quantized_teacher"},

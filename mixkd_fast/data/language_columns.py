@@ -25,10 +25,16 @@ def detect(spec: TaskSpec, source: Source) -> TaskSpec:
     if spec.text_column is not None or spec.prompt_column is not None:
         return spec
     columns = source.rows.column_names
-    if _USUAL_TEXT in columns:
-        return replace(spec, text_column=_USUAL_TEXT)
     prompts = [name for name in _USUAL_PROMPTS if name in columns]
     responses = [name for name in _USUAL_RESPONSES if name in columns]
+    if _USUAL_TEXT in columns:
+        if prompts and responses:
+            raise DataError(
+                f'{source.where} has a column "{_USUAL_TEXT}" and {quoted([*prompts, *responses])} as well. Set '
+                f'task.text_column = "{_USUAL_TEXT}" to learn all of that text, or task.prompt_column and '
+                "task.response_column to learn answers to instructions"
+            )
+        return replace(spec, text_column=_USUAL_TEXT)
     if len(prompts) == 1 and len(responses) == 1:
         about = _USUAL_INPUT if _USUAL_INPUT in columns else None
         return replace(spec, prompt_column=prompts[0], input_column=about, response_column=responses[0])

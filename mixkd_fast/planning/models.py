@@ -10,7 +10,8 @@ from torch import nn
 from mixkd_fast.configuration import Config, Student, Teacher
 from mixkd_fast.data.tasks import resolve
 from mixkd_fast.errors import ConfigurationError, MixKDError, ModelError
-from mixkd_fast.model_checks import count_parameters, largest_layer_numel, vocabulary_size
+from mixkd_fast.language_task import vocabulary_size
+from mixkd_fast.model_checks import count_parameters, largest_layer_numel
 from mixkd_fast.models import student_source, teacher_source
 from mixkd_fast.planning.decoders import DecoderShape, adapter_parameters
 from mixkd_fast.planning.flops import EncoderShape
