@@ -238,23 +238,33 @@ class _Pass:
             batches = EvaluationBatches(self.rows, self.batch_size, 0, 1, self.padding, chosen)
         records: dict[str, Tensor] = {}
         offsets = np.concatenate([[0], np.cumsum(self.rows.num_targets[chosen])]).astype(np.int64)
+        error: MixKDError | None = None
         for batch in self._in_step(batches):
-            found = self._records(batch)
-            if int(batch.row_ids[0]) < 0:
+            is_own = int(batch.row_ids[0]) >= 0
+            try:
+                found = self._records(batch)
+            except MixKDError as caught:
+                if not self.together:
+                    raise
+                # The other ranks' forwards need this one's share of the teacher to the end.
+                error = error or (caught if is_own else None)
                 continue
-            for name, values in self._by_row(found, batch):
+            for name, values in self._by_row(found, batch) if is_own else ():
                 _place(records, name, values, batch, chosen, offsets, self.origin.kind)
+        if error is not None:
+            raise error
         if number is not None:
             writer.write(number, offsets, records | self._row_facts(chosen))
 
     def _in_step(self, batches: Any) -> Iterator[Batch]:
-        """The batches, and idle ones until every rank has had as many."""
+        """The batches, and idle ones (row -1) until every rank has had as many."""
+        # Asked before the first forward: in between, another rank may be in a collective of its own forward.
+        most = max(distributed.gather_objects(len(batches))) if self.together else len(batches)
         yield from batches
-        if self.together:
-            for _ in range(max(distributed.gather_objects(len(batches))) - len(batches)):
-                idle = next(iter(EvaluationBatches(self.rows, 1, 0, 1, self.padding, np.zeros(1, dtype=np.int64))))
-                idle.row_ids.fill_(-1)
-                yield idle
+        for _ in range(most - len(batches)):
+            idle = next(iter(EvaluationBatches(self.rows, 1, 0, 1, self.padding, np.zeros(1, dtype=np.int64))))
+            idle.row_ids.fill_(-1)
+            yield idle
 
     def _records(self, batch: Batch) -> dict[str, Tensor]:
         """What is kept of the batch's targets, in their order, on the CPU."""

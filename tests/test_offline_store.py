@@ -1,7 +1,6 @@
 """The offline teacher store: it equals the live teacher, survives kills and damage, and fits or is refused."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy import ROOT, environment, free_port, losses, must_run, records
+from toy import ROOT, environment, losses, must_run, must_run_ranks, records, run_ranks
 from toy import run as run_command
-from toy_lm import byte_tokenizer, language_config, save_lm, sentences, write_lines
+from toy_lm import byte_tokenizer, language_config, save_lm, sentences, tiny_lm, write_lines
 
 from mixkd_fast.cli import main
 from mixkd_fast.configuration import Config, validate
@@ -26,6 +25,7 @@ from mixkd_fast.offline.reading import OfflineStore
 from mixkd_fast.teaching import Taught, TeachOptions, teach
 
 VOCABULARY = 258
+TEACH = "mixkd_fast/cli_teach.py"
 
 
 def run(config: dict[str, Any]) -> Any:
@@ -148,21 +148,44 @@ def test_a_resumed_store_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert main(["store", str(killed), "--verify"]) == 0
 
 
+def teach_command(config: dict[str, Any], folder: Path, *options: str) -> list[str]:
+    """The arguments of `mixkd-fast teach` for a configuration, small top_k shards."""
+    (folder / "config.json").write_text(json.dumps(config))
+    return ["--config", str(folder / "config.json"), "--kind", "top_k", "--k", "4", "--shard-mib", "0.0035", *options]
+
+
 def test_two_ranks_write_the_same_store(tmp_path: Path) -> None:
-    config = config_in(tmp_path, instruct=True)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    common = ["--config", str(tmp_path / "config.json"), "--kind", "top_k", "--k", "4", "--shard-mib", "0.003"]
-    must_run([sys.executable, "-m", "mixkd_fast.cli", "teach", *common, "--output", str(tmp_path / "one")])
-    deepspeed = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_gpus", "2"]
-    launch = [*deepspeed, "--master_port", str(free_port()), "--module", "mixkd_fast.cli_teach", *common]
-    must_run([*launch, "--output", str(tmp_path / "two")])
-    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
-    assert len(one) > 3 and one == two
-    must_run([*launch, "--output", str(tmp_path / "parts"), "--set", "teacher.zero_stage=3"])
-    parts, whole = OfflineStore(tmp_path / "parts", "x"), OfflineStore(tmp_path / "one", "x")
-    everything = np.arange(whole.origin.num_rows)
-    for name, values in whole.rows(everything).items():
+    """Shards of several batches, unequally many, and one rank without a shard at the end."""
+    config = config_in(tmp_path, instruct=True, training={"evaluation_batch_size": 2})
+    one = taught(config, tmp_path / "one", "top_k", k=4, shard_mib=0.0035).store
+    assert one.origin.num_shards % 2 == 1 and one.origin.num_shards > 3
+    sizes = np.diff(one.origin.shard_rows)
+    assert (-(-sizes // 2)).max() > (-(-sizes // 2)).min() and sizes.max() > 4
+    command = teach_command(config, tmp_path)
+    must_run_ranks(2, *command, "--output", str(tmp_path / "two"), script=TEACH)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    parted = ["--output", str(tmp_path / "parts"), "--set", "teacher.zero_stage=3"]
+    must_run_ranks(2, *command, *parted, script=TEACH, timeout=100)
+    parts = OfflineStore(tmp_path / "parts", "x")
+    everything = np.arange(one.origin.num_rows)
+    for name, values in one.rows(everything).items():
         torch.testing.assert_close(parts.rows(everything)[name], values)
+
+
+def test_a_row_that_one_rank_cannot_keep_ends_all_of_them(tmp_path: Path) -> None:
+    """Of a partitioned teacher the others are in the middle of their forwards then."""
+    config = config_in(tmp_path, training={"evaluation_batch_size": 2}, teacher={"zero_stage": 3})
+    texts = sentences(64)
+    texts[0] = "\x07" + texts[0]
+    config["task"]["train_files"] = [write_lines(tmp_path / "bell.jsonl", [{"text": text} for text in texts])]
+    model = tiny_lm(seed=3)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[byte_tokenizer()("\x07").input_ids[0]] = float("nan")
+    model.save_pretrained(tmp_path / "teacher")
+    command = teach_command(config, tmp_path, "--output", str(tmp_path / "store"))
+    failed = run_ranks(2, *command, script=TEACH, timeout=100)
+    assert failed.returncode == 1 and "gives log_mass that are not finite" in failed.stderr, failed.stderr
+    assert "Traceback" not in failed.stderr
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
