@@ -185,7 +185,7 @@ def test_a_row_that_one_rank_cannot_keep_ends_all_of_them(tmp_path: Path) -> Non
     command = teach_command(config, tmp_path, "--output", str(tmp_path / "store"))
     failed = run_ranks(2, *command, script=TEACH, timeout=100)
     assert failed.returncode == 1 and "gives log_mass that are not finite" in failed.stderr, failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert "free space" not in failed.stderr and "Traceback" not in failed.stderr
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:

@@ -101,18 +101,23 @@ class StoreWriter:
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank what any rank met.
 
-        Raises: DataError as it is; MixKDError that says what is finished for an error of the disk.
+        Raises: MixKDError: this rank's own as it is, another's with its message; for an error of the disk, one that
+        says what is finished.
         """
-        message = distributed.first_error(error)
-        if message is None:
-            return
+        failure = None if error is None else (isinstance(error, OSError), str(error))
+        failures = [found for found in distributed.gather_objects(failure) if found is not None]
         if isinstance(error, MixKDError):
             raise error
-        done = sum(self._facts(number).exists() for number in range(self.origin.num_shards))
-        raise MixKDError(
-            f"cannot write to {self.folder} ({message}). {done} of {self.origin.num_shards} shards are finished and "
-            "stay; free space or mend the folder, then run the same command again"
-        ) from error
+        if not failures:
+            return
+        is_of_disk, message = failures[0]
+        if is_of_disk:
+            done = sum(self._facts(number).exists() for number in range(self.origin.num_shards))
+            message = (
+                f"cannot write to {self.folder} ({message}). {done} of {self.origin.num_shards} shards are finished "
+                "and stay; free space or mend the folder, then run the same command again"
+            )
+        raise MixKDError(message) from error
 
     def finish(self, head: dict[str, Tensor] | None) -> None:
         """Write the teacher's head, if it belongs to the store, and the manifest. Args: head, of rank 0."""
