@@ -41,6 +41,7 @@ LAYERS = [
     {"teacher_store"},
     {"step_records", "store_entries", "universal"},
     {"causal_lm", "checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
+    {"shared_folder"},
     {"fused_encoder"},
     {"encoder_parts", "encoder_tables", "packed_attention", "quantized_teacher"},
     {"sweep_file"},

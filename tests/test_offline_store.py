@@ -20,8 +20,9 @@ from mixkd_fast.cli import main
 from mixkd_fast.configuration import Config, validate
 from mixkd_fast.distillation import run_config
 from mixkd_fast.errors import ConfigurationError, DataError, MixKDError
-from mixkd_fast.offline.manifest import MANIFEST, WRITING
+from mixkd_fast.offline.manifest import MANIFEST, WRITING, Origin
 from mixkd_fast.offline.reading import OfflineStore
+from mixkd_fast.offline.writing import StoreWriter
 from mixkd_fast.teaching import Taught, TeachOptions, teach
 
 VOCABULARY = 258
@@ -188,6 +189,25 @@ def test_a_row_that_one_rank_cannot_keep_ends_all_of_them(tmp_path: Path) -> Non
     assert "free space" not in failed.stderr and "Traceback" not in failed.stderr
 
 
+def test_an_output_that_ranks_do_not_share_is_refused(tmp_path: Path) -> None:
+    command = teach_command(config_in(tmp_path), tmp_path, "--output", "store")
+    failed = run_ranks(2, "apart", str(tmp_path), *command, script="tests/workers/teach_ranks.py", timeout=100)
+    assert failed.returncode == 1, failed.stderr
+    assert "error: --output = 'store': rank 1 on " in failed.stderr and "all machines share" in failed.stderr
+    assert not (tmp_path / "0" / "store" / MANIFEST).exists()
+
+
+def test_no_manifest_without_all_shards(tmp_path: Path) -> None:
+    origin = Origin("nll", "fp32", "t", "h", "fp32", "k", "c", "r", 8, 2, 2, 10, (0, 1, 2))
+    writer = StoreWriter(tmp_path / "store", origin)
+    assert writer.begin() == [0, 1]
+    rows = {"nll": torch.ones(1), "tokens": torch.ones(1).long(), "source_rows": torch.zeros(1).long()}
+    writer.write(1, np.array([0, 1]), rows)
+    with pytest.raises(DataError, match=r"shard-00000.safetensors \(1 of 2 shards\) went away"):
+        writer.finish(None)
+    assert not (tmp_path / "store" / MANIFEST).exists() and StoreWriter(tmp_path / "store", origin).begin() == [0]
+
+
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     config = config_in(tmp_path, method={"name": "lm_kd", "temperature": 2.0})
     store = tmp_path / "store"
@@ -277,9 +297,6 @@ def test_a_full_disk_leaves_finished_shards(tmp_path: Path) -> None:
 
 def test_reading_maps_files_and_loads_none(tmp_path: Path) -> None:
     """The memory of a process that opens a large store and reads a row grows by far less than the store."""
-    from mixkd_fast.offline.manifest import Origin
-    from mixkd_fast.offline.writing import StoreWriter
-
     rows, width = 96, 65536  # 96 rows of 4 targets, 512 KiB each in bf16: 192 MiB
     cuts = (0, 32, 64, 96)
     origin = Origin("hidden", "bf16", "t", "h", "bf16", "k", "c", "r", 8, rows, rows * 4, 10, cuts, width=width)
