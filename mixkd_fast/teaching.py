@@ -44,6 +44,7 @@ from mixkd_fast.offline.writing import StoreWriter
 from mixkd_fast.offline_preparation import teacher_hash
 from mixkd_fast.preparation import first_on_rank_zero, load_shared_tokenizer
 from mixkd_fast.teacher import require_memory_for_layer
+from mixkd_fast.watching import watched_ranks
 
 _DTYPES: dict[StoreKind, tuple[StoreDtype, ...]] = {
     "top_k": ("fp16", "fp32"),
@@ -95,6 +96,13 @@ def teach(config: Config, options: TeachOptions, progress: bool = True) -> Taugh
     device = distributed.choose_device()
     start_distributed(device)
     distributed.share_cores(config.training.threads)
+    with watched_ranks(config.training.rank_timeout_s, "run the same command again; finished shards stay"):
+        return _teach(config, options, section, dtype, device, progress)
+
+
+def _teach(
+    config: Config, options: TeachOptions, section: Teacher, dtype: StoreDtype, device: torch.device, progress: bool
+) -> Taught:
     tokenizer = _tokenizer(config, section, options.kind)
     train = load_splits(config.task).train
     rows = first_on_rank_zero(lambda: _rows(config, train, tokenizer, options.kind))

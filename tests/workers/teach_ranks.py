@@ -1,4 +1,4 @@
-"""One rank of `mixkd-fast teach`, in a folder of its own (apart), or with a rank 1 that is gone at its first shard (lost).
+"""One rank of `mixkd-fast teach`: in a folder of its own (apart), or of ranks whose rank 1 is lost at a shard (lost).
 
 Arguments: "apart" or "lost", a folder, and those of the command.
 """
