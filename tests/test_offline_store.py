@@ -22,6 +22,7 @@ from mixkd_fast.distillation import run_config
 from mixkd_fast.errors import ConfigurationError, DataError, MixKDError
 from mixkd_fast.offline.manifest import MANIFEST, WRITING, Origin
 from mixkd_fast.offline.reading import OfflineStore
+from mixkd_fast.offline.records import MOST_TARGETS, shard_cuts
 from mixkd_fast.offline.writing import StoreWriter
 from mixkd_fast.teaching import Taught, TeachOptions, teach
 
@@ -197,6 +198,14 @@ def test_an_output_that_ranks_do_not_share_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "0" / "store" / MANIFEST).exists()
 
 
+def test_a_lost_rank_ends_the_others(tmp_path: Path) -> None:
+    command = teach_command(config_in(tmp_path), tmp_path, "--output", str(tmp_path / "store"))
+    failed = run_ranks(2, "lost", str(tmp_path), *command, script="tests/workers/teach_ranks.py", timeout=100)
+    assert failed.returncode == 75, failed.stderr
+    assert "ended without a word. Rank 0 on " in failed.stderr
+    assert "stops too; run the same command again; finished shards stay" in failed.stderr
+
+
 def test_no_manifest_without_all_shards(tmp_path: Path) -> None:
     origin = Origin("nll", "fp32", "t", "h", "fp32", "k", "c", "r", 8, 2, 2, 10, (0, 1, 2))
     writer = StoreWriter(tmp_path / "store", origin)
@@ -206,6 +215,13 @@ def test_no_manifest_without_all_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"shard-00000.safetensors \(1 of 2 shards\) went away"):
         writer.finish(None)
     assert not (tmp_path / "store" / MANIFEST).exists() and StoreWriter(tmp_path / "store", origin).begin() == [0]
+
+
+def test_shards_end_after_so_many_bytes_or_targets() -> None:
+    assert shard_cuts(np.array([10, 10, 10, 50, 10]), 4, 170) == (0, 2, 3, 4, 5)
+    # Sums of a row take no bytes a target; these rows are three million targets.
+    assert shard_cuts(np.full(6, MOST_TARGETS // 2), 0, 2**28) == (0, 2, 4, 6)
+    assert shard_cuts(np.array([2 * MOST_TARGETS, 1]), 0, 2**28) == (0, 1, 2)
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
@@ -309,6 +325,7 @@ def test_reading_maps_files_and_loads_none(tmp_path: Path) -> None:
 import resource, sys
 import numpy as np, psutil
 from mixkd_fast.offline.reading import OfflineStore
+from mixkd_fast.offline.records import MOST_TARGETS, shard_cuts
 process = psutil.Process()
 before = process.memory_info().rss
 store = OfflineStore(sys.argv[1], "x")

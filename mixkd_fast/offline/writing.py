@@ -107,7 +107,8 @@ class StoreWriter:
         says what is finished.
         """
         failure = None if error is None else (isinstance(error, OSError), str(error))
-        failures = [found for found in distributed.gather_objects(failure) if found is not None]
+        # One rank's shard may take long while another has none left.
+        failures = [found for found in distributed.gather_objects(failure, patient=True) if found is not None]
         if isinstance(error, MixKDError):
             raise error
         if not failures:
