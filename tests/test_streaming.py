@@ -164,7 +164,7 @@ def test_the_index_is_kept_and_follows_the_files(corpus: Path) -> None:
     first = open_shards(_files(corpus), corpus / "cache")
     (kept,) = (corpus / "cache" / "stream_index").iterdir()
     content = json.loads(kept.read_text())
-    content[0][0][2] += 1  # shows that it is read
+    content[0][0][0][2] += 1  # shows that it is read
     kept.write_text(json.dumps(content))
     assert open_shards(_files(corpus), corpus / "cache").num_rows == first.num_rows + 1
     pq.write_table(pa.table({"sentence": ["a film"], "label": [7.0]}), corpus / "part-0.parquet")
@@ -179,6 +179,21 @@ def test_long_jsonl_files_are_cut_into_blocks(tmp_path: Path) -> None:
     assert index.rows.tolist() == [4096, 4096, 10_000 - 2 * 4096]
     assert index.read(1)["label"].to_pylist() == list(range(4096, 8192))
     assert index.place(2) == (str(tmp_path / "a.jsonl"), 8192)
+
+
+def test_blocks_of_lines_have_the_columns_of_all(tmp_path: Path) -> None:
+    first = [{"a": 1, "b": None, "c": "x", "mixed": 1} for _ in range(4096)]
+    second = [{"b": "text", "c": "y", "mixed": "one"}] * 3
+    (tmp_path / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first + second))
+    (tmp_path / "2.jsonl").write_text(json.dumps({"d": 2.5}) + "\n")
+    for _ in range(2):  # made, and as it was kept
+        index = open_shards([str(tmp_path / "*.jsonl")], tmp_path / "cache")
+        assert index.columns == ("a", "b", "c", "mixed", "d") and len(index.rows) == 3
+        assert index.read(0)["b"].type == index.read(2)["b"].type == pa.string()
+        assert index.read(1)["a"].to_pylist() == [None] * 3 and index.read(1)["b"].to_pylist() == ["text"] * 3
+        assert index.read(2)["d"].to_pylist() == [2.5] and index.read(0)["d"].null_count == 4096
+        # No type is both: each block keeps its own.
+        assert index.read(0)["mixed"].to_pylist()[:2] == [1, 1] and index.read(1)["mixed"].to_pylist() == ["one"] * 3
 
 
 def test_files_that_cannot_be_streamed_are_refused(corpus: Path, tmp_path: Path) -> None:
