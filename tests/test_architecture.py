@@ -40,7 +40,10 @@ LAYERS = [
     {"model_checks"},
     {"teacher_store"},
     {"step_records", "store_entries", "universal"},
-    {"causal_lm", "checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
+    {
+        *("causal_lm", "checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"),
+        "offline.manifest",
+    },
     {"shared_folder"},
     {"fused_encoder"},
     {"encoder_parts", "encoder_tables", "packed_attention", "quantized_teacher"},
