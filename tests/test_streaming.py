@@ -13,12 +13,15 @@ import torch
 from datasets import Dataset
 from toy import losses, must_run, must_run_ranks, program, records, run, toy_config, toy_rows, toy_tokenizer
 
+from mixkd_fast import distributed
 from mixkd_fast.data.batching import Padding
 from mixkd_fast.data.shard_index import open_shards
 from mixkd_fast.data.streaming import StreamedRows
 from mixkd_fast.data.tokenization import TokenRows, tokenize_rows
 from mixkd_fast.errors import ConfigurationError, DataError
 from mixkd_fast.mixing import Mixing
+from mixkd_fast.preparation import _require_same_rows
+from mixkd_fast.schedule import check_same_rows
 
 # Rows of each file, in row groups of 20 (the JSONL files are one block each).
 SIZES = (90, 40, 1, 33, 76, 60)
@@ -252,6 +255,16 @@ def test_a_run_streams_on_one_and_two_ranks_and_resumes_on_the_other(tmp_path: P
     other = run(program("--config", config, "--resume", "--set", "training.micro_batch_size=4"))
     assert other.returncode == 1
     assert "task.streaming: the checkpoint's steps had 4 micro-batches, and now they have 2" in other.stderr
+
+
+def test_rows_must_be_those_of_the_checkpoint_and_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_same_rows("", "abc")  # a checkpoint that says nothing about them
+    check_same_rows("abc", "abc")
+    with pytest.raises(DataError, match=r"\(abc then, abd now\)"):
+        check_same_rows("abc", "abd")
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, mine, ("other", "host-c")])
+    with pytest.raises(DataError, match=r"training rows on host-c \(rank 2\) are not those on .* \(rank 0\)"):
+        _require_same_rows("one")
 
 
 @pytest.mark.parametrize(
