@@ -209,7 +209,7 @@ def test_files_that_cannot_be_streamed_are_refused(corpus: Path, tmp_path: Path)
     with pytest.raises(DataError, match=r"b.parquet.* cannot be read"):
         open_shards([str(tmp_path / "b.parquet")], None)
     index = open_shards(_files(corpus), None)
-    (corpus / "part-2.jsonl").write_text('{"sentence": 1}\n{"sentence": 2}\n')
+    (corpus / "part-2.jsonl").write_text('{"sentence": "a"}\n{"sentence": "b"}\n')
     place = list(index.files).index(index.paths.index(str(corpus / "part-2.jsonl")))
     with pytest.raises(DataError, match=r"part-2.jsonl.*the file was changed"):
         index.read(place)
