@@ -113,11 +113,10 @@ def run_config(config: Config, loaded: Loaded | None = None, resume: bool = Fals
     keeps_memory = device.type == "cpu" and (config.teacher is None or config.teacher.zero_stage == 0)
     if keeps_memory:
         keep_freed_memory()
+    checkpoints = f"{config.output.directory}/checkpoints"
+    what_next = f"run the same command with --resume to go on from the last checkpoint in {checkpoints}"
     try:
-        with (
-            watched_ranks(config.training.rank_timeout_s, f"{config.output.directory}/checkpoints"),
-            RunFolder(config, resume) as folder,
-        ):
+        with watched_ranks(config.training.rank_timeout_s, what_next), RunFolder(config, resume) as folder:
             return _run(config, loaded, folder, device, resume, progress)
     finally:
         if keeps_memory:

@@ -32,7 +32,7 @@ from mixkd_fast.extra_states import ExtraStates
 from mixkd_fast.language_task import Sampling
 from mixkd_fast.methods import Moment
 from mixkd_fast.step_records import StepRecord, StepRecords, StepReport
-from mixkd_fast.universal import saved_ranks, universal_state
+from mixkd_fast.universal import model_state_files, saved_ranks, universal_state
 
 _TAG = "engine"
 _TIMEOUT = timedelta(minutes=30)
@@ -310,7 +310,7 @@ class Engine:
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(parameter.device if is_fused else "cpu", copy=True)
         # Frozen parameters and buffers are not among what the optimizer holds.
-        files = sorted(folder.glob("*_model_states.pt"))
+        files = model_state_files(folder)
         saved = torch.load(files[0], map_location="cpu", weights_only=False)
         with torch.no_grad():
             for name, buffer in self._module.named_buffers():

@@ -3,9 +3,6 @@
 import json
 import math
 import os
-import secrets
-import socket
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from mixkd_fast.checkpoint import MANIFEST, CheckpointStore, remove_tree, sync
 from mixkd_fast.configuration import Config
 from mixkd_fast.errors import CheckpointError, ConfigurationError
 from mixkd_fast.folder_lock import alone_in
+from mixkd_fast.shared_folder import require_shared
 from mixkd_fast.strict_json import read_object
 
 _FREE_ON_RESUME = {
@@ -29,9 +27,6 @@ _FREE_ON_RESUME = {
     "training.rank_timeout_s",
     "task.cache_dir",
 }
-
-_SHARING_PATIENCE_S = 20.0
-"""A network file system may show a new file a little later."""
 
 
 class RunFolder:
@@ -61,34 +56,14 @@ class RunFolder:
                 f"output.directory = {config.output.directory!r}: cannot be written ({message}); "
                 "choose a folder you own"
             ) from error
-        self._require_shared()
+        # A checkpoint consists of files of all ranks.
+        require_shared(self.path, "output.directory")
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._held.close()
-
-    def _require_shared(self) -> None:
-        """Every rank must see what rank 0 writes: a checkpoint consists of files of all of them."""
-        if distributed.world_size() == 1:
-            return
-        name = f".seen-by-all-{secrets.token_hex(8)}"
-        if distributed.rank() == 0:
-            (self.path / name).touch()
-        name = distributed.broadcast_object(name)
-        deadline = time.monotonic() + _SHARING_PATIENCE_S
-        while not (seen := (self.path / name).exists()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        here = f"rank {distributed.rank()} on {socket.gethostname()}"
-        blind = [text for text in distributed.gather_objects(None if seen else here) if text is not None]
-        if distributed.rank() == 0:
-            (self.path / name).unlink(missing_ok=True)
-        if blind:
-            raise ConfigurationError(
-                f"output.directory = {str(self.path)!r}: {', '.join(blind)} cannot see what rank 0 writes there; give "
-                "a folder of a file system that all machines share, by the same path"
-            )
 
     def _open(self, config: Config, resume: bool) -> None:
         self._held.enter_context(alone_in(self.path, "output.directory", "run"))

@@ -41,7 +41,11 @@ LAYERS = [
     {"model_checks"},
     {"teacher_store"},
     {"extra_states", "step_records", "store_entries", "universal"},
-    {"causal_lm", "checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"},
+    {
+        *("causal_lm", "checkpoint", "console", "data", "deepspeed_config", "encoder", "facts", "metrics", "page"),
+        "offline.manifest",
+    },
+    {"shared_folder"},
     {"fused_encoder"},
     {"encoder_parts", "encoder_tables", "packed_attention", "quantized_teacher"},
     {"sweep_file"},

@@ -44,10 +44,11 @@ def detect(spec: TaskSpec, source: Source) -> TaskSpec:
     )
 
 
-def normalise(spec: TaskSpec, source: Source, keep_blank: bool = False) -> pa.Table:
+def normalise(spec: TaskSpec, source: Source, streamed: bool = False) -> pa.Table:
     """The uniform columns of one source.
 
-    Documents without a visible character are left out, unless keep_blank says otherwise.
+    Documents without a visible character are left out. With streamed, for a part of a corpus, they are not, and an
+    input column that this part lacks is "" in it.
     Raises: DataError for a missing column, a value that is no text, an instruction or answer that is empty, or a source
     of nothing but empty documents.
     """
@@ -56,7 +57,7 @@ def normalise(spec: TaskSpec, source: Source, keep_blank: bool = False) -> pa.Ta
         assert spec.text_column is not None
         texts = texts_of(source, spec.text_column, "text_column")
         table = pa.table({"text": texts, "row": rows})
-        if keep_blank:
+        if streamed:
             return table
         table = table.filter(pa.array(~is_blank(texts)))
         if len(table) == 0:
@@ -64,7 +65,8 @@ def normalise(spec: TaskSpec, source: Source, keep_blank: bool = False) -> pa.Ta
         return table
     assert spec.response_column is not None
     columns = {"prompt": _filled(source, spec.prompt_column, "prompt_column")}
-    columns["input"] = _optional(source, spec.input_column)
+    has_input = spec.input_column in source.rows.column_names or not streamed
+    columns["input"] = _optional(source, spec.input_column if has_input else None)
     columns["response"] = _filled(source, spec.response_column, "response_column")
     return pa.table(columns | {"row": rows})
 

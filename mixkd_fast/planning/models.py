@@ -64,13 +64,18 @@ class PlannedModel:
 
 
 def planned_teacher(config: Config) -> PlannedModel | None:
-    """The teacher of a run, or None. Raises: ModelError if its configuration cannot be read."""
+    """The teacher of a run; None without one, or where a store answers in its place.
+
+    Raises: ModelError if its configuration cannot be read.
+    """
     if config.teacher is None:
         return None
     section = config.teacher
     if config.plan.teacher is not None:
         described, model = _described(config.plan.teacher, section, config, "plan.teacher")
         return planned_model(described, model, section.attention)
+    if section.model is None:
+        return None
     source = teacher_source(section, _purpose(config))
     planned = planned_model(source.config, source.skeleton(), section.attention)
     return replace(planned, own_forward=section.quantization is not None or section.attention not in _FUSED_ATTENTION)
