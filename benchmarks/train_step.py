@@ -2,16 +2,14 @@
 
 Arms run in processes of their own, in turn, round after round, so that each meets the same machine; see
 `train_arms.py` for what they are. mixkd_fast is timed over all epochs with the building of its teacher store. The
-textbook arm, whose steps are all alike, is timed over fewer steps. A separate check compares the losses of the arms on
-identical batches.
+textbook arm, whose steps are all alike, is timed over fewer steps. A separate check compares losses and gradients of
+the arms on identical batches (`train_agreement.py`).
 """
 
 import argparse
-import copy
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,13 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoConfig, BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.plan_check import save_tokenizer, write_rows
 from benchmarks.train_report import markdown, plot
-from mixkd_fast.planning.flops import EncoderShape, forward_flops
+from benchmarks.train_summary import Runs, summarise, times_faster
 from mixkd_fast.planning.hardware import GPUS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,16 +35,17 @@ SIZES = {
 ARMS = ("textbook", "tuned", "tuned_reusing", "tuned_compiled", "mixkd_fast")
 REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 """What makes glibc keep freed memory for the next step, as mixkd_fast does on the CPU by itself."""
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "tuned": 2e-2}
-"""How far losses may be from the textbook arm's in fp32, relative: mixkd_fast in fp32 and bf16, and the tuned arm."""
 
 
 def main(arguments: list[str], facts: dict[str, Any]) -> None:
     """Run the benchmark. Args: facts = commit, versions, device, for the report."""
     options = _options(arguments)
     models = options.models.split(",") if options.models else (["minilm"] if options.device == "cpu" else list(SIZES))
+    unknown = [name for name in models if name not in SIZES]
+    if unknown:
+        sys.exit(f"--models {','.join(unknown)}: allowed: {', '.join(SIZES)}")
     results: list[dict[str, Any]] = []
-    report = {"command": facts.pop("command"), **facts, "tolerance": TOLERANCE, "results": results}
+    report = {"command": facts.pop("command"), **facts, "results": results}
     for name in models:
         results.append(measure(name, options))
         if options.json is not None:  # what is measured stays if a later model is cut off
@@ -57,33 +55,34 @@ def main(arguments: list[str], facts: dict[str, Any]) -> None:
             plot(report, options.json.with_suffix(".svg"))
     print(markdown(report))
     if any(not result["agreement"]["agrees"] for result in results):
-        sys.exit("the losses of the arms differ by more than the tolerance: the times mean nothing")
+        sys.exit("losses or gradients of the arms differ by more than the tolerance: the times mean nothing")
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """All arms on models of one size."""
     with tempfile.TemporaryDirectory() as folder:
         job = make_job(name, Path(folder), options)
-        agreement = compare_losses(job)
-        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-        order, shuffle = list(ARMS), random.Random(0)
+        agreement = run_arm("agreement", job)
+        runs: dict[str, Runs] = {arm: {} for arm in ARMS if arm != "tuned_reusing" or options.device == "cpu"}
+        order, shuffle = list(runs), random.Random(0)
         for number in range(options.rounds):
             shuffle.shuffle(order)
             for arm in order:
-                if arm == "tuned_reusing" and options.device != "cpu":
-                    continue
-                # Compiling takes minutes: once shows it.
-                if arm != "tuned_compiled" or number == 0:
-                    runs[arm].append(run_arm(arm, job))
-        parts = profile(job)
+                if arm != "tuned_compiled" or options.compiled_rounds is None or number < options.compiled_rounds:
+                    runs[arm][number] = run_arm(arm, job)
+        runs = {arm: of_arm for arm, of_arm in runs.items() if of_arm}
         peak = peak_flops(options.device, job["threads"])
-        arms = {arm: summarise(arm, runs[arm], job, peak) for arm in ARMS if runs[arm]}
-    keys = ("rows", "batch_size", "epochs", "max_length", "textbook_steps", "warmup_steps", "threads")
+        arms = {arm: summarise(arm, of_arm, job, peak) for arm, of_arm in runs.items()}
+        for arm, of_arm in runs.items():
+            if arm != "mixkd_fast":
+                arms[arm]["mixkd_fast_is"] = times_faster(runs["mixkd_fast"], of_arm)
+        parts = profile(job, arms)
+    keys = ("rows", "batch_size", "epochs", "max_length", "textbook_steps", "warmup_steps", "threads", "workers")
     return {
         "model": name,
         "teacher_layers": SIZES[name][1],
         "student_layers": SIZES[name][4],
-        "job": {key: job[key] for key in keys},
+        "job": {key: job[key] for key in (*keys, "attention_dropout", "training")},
         "peak_flops": peak,
         "agreement": agreement,
         "arms": arms,
@@ -91,22 +90,26 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def profile(job: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of a step by part, and on a GPU the share of the time in which it is idle."""
-    job = job | {"profile": 48}
+def profile(job: dict[str, Any], arms: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds of a step of mixkd_fast by part; on a GPU each arm gets its "idle_share", from a run of its own."""
+    job = job | {"profile": job["profile_steps"]}
     if job["device"] == "cpu":
         return dict(run_arm("mixkd_fast", job)["parts_ms"])
+    for arm, figures in arms.items():
+        figures["idle_share"] = run_arm(arm, job)["idle_share"]
     # Parts are spans of the host: each kernel is waited for, so that a span holds what it has started.
-    parts = run_arm("mixkd_fast", job, {"CUDA_LAUNCH_BLOCKING": "1"})["parts_ms"]
-    parts["device idle share"] = run_arm("mixkd_fast", job)["parts_ms"]["device idle share"]
-    return dict(parts)
+    return dict(run_arm("mixkd_fast", job, {"CUDA_LAUNCH_BLOCKING": "1"})["parts_ms"])
 
 
 def make_job(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Models of random weights and rows of random words with MNLI's lengths, on disk."""
     width, layers, heads, inner, student_layers = SIZES[name]
+    on_gpu = options.device == "cuda"
+    # Attention of variable length, which mixkd_fast uses there, has no dropout: on a GPU no arm has it.
+    attention_dropout = 0.0 if on_gpu else 0.1
     config = BertConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner, num_labels=2
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner, num_labels=2,
+        attention_probs_dropout_prob=attention_dropout,
     )  # fmt: skip
     torch.manual_seed(0)
     teacher = BertForSequenceClassification(config)
@@ -118,7 +121,7 @@ def make_job(name: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     for which, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(folder / which)
         save_tokenizer(folder / which)
-    rows = options.rows or (2048 if options.device == "cpu" else 16384)
+    rows = options.rows or (16384 if on_gpu else 2048)
     write_rows(folder / "train.jsonl", rows, seed=1)
     write_rows(folder / "validation.jsonl", 32, seed=2)
     return {
@@ -129,13 +132,17 @@ def make_job(name: str, folder: Path, options: argparse.Namespace) -> dict[str, 
         "validation": str(folder / "validation.jsonl"),
         "work": str(folder),
         "rows": rows,
-        "batch_size": options.batch_size,
+        "batch_size": options.batch_size or (128 if on_gpu else 32),
         "epochs": options.epochs,
         "max_length": 128,
         "textbook_steps": options.textbook_steps,
-        "warmup_steps": 3,
+        # As many as mixkd_fast's, in which models are compiled on a GPU.
+        "warmup_steps": 16 if on_gpu else 3,
+        "profile_steps": 48,
         "threads": options.threads or torch.get_num_threads(),
-        "training": {"compile": "dynamic"} if options.device == "cuda" else {},
+        "workers": min(4, os.cpu_count() or 1) if on_gpu else 0,
+        "attention_dropout": attention_dropout,
+        "training": {"compile": "dynamic", "unpadded": True} if on_gpu else {},
         "shape": [width, layers, heads, inner, student_layers],
     }
 
@@ -147,92 +154,17 @@ def run_arm(arm: str, job: dict[str, Any], more_environment: dict[str, str] | No
     print(f"{time.strftime('%H:%M:%S')} {arm}{' profile' if job.get('profile') else ''}", file=sys.stderr, flush=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "KINETO_LOG_LEVEL": "99"}
     environment |= (REUSE if arm == "tuned_reusing" else {}) | (more_environment or {})
-    command = [sys.executable, "-m", "benchmarks.train_arms", arm, str(job_file), str(output)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = start(["-m", "benchmarks.train_arms", arm, str(job_file), str(output)], environment)
     if done.returncode != 0:
         sys.exit(f"{arm} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(output.read_text())
     return result
 
 
-def compare_losses(job: dict[str, Any]) -> dict[str, Any]:
-    """The loss of identical batches, no dropout: the textbook's in fp32 against the tuned arm's and this project's."""
-    from benchmarks.train_arms import load_models, load_rows, mixkd_loss, pad
-    from mixkd_fast.data.batching import Padding, micro_batches
-    from mixkd_fast.data.planned_batches import PlannedBatches
-    from mixkd_fast.engine import DistillationModule
-    from mixkd_fast.frozen_teacher import FrozenTeacher
-    from mixkd_fast.methods import MixKD, Moment
-    from mixkd_fast.models import Encoder
-
-    rows, (teacher, student) = load_rows(job), load_models(job)
-    student.eval()
-    method = MixKD(kd_weight=1.0)
-    stream = PlannedBatches(rows.lengths, job["batch_size"], 0, method)
-    encoders = [Encoder(teacher), Encoder(student)]
-    for encoder in encoders:
-        assert encoder.fuse() == ""
-    module = DistillationModule(encoders[1], FrozenTeacher(encoders[0], str), None, method)
-    half_teacher = copy.deepcopy(teacher).bfloat16()
-    differences: dict[str, list[float]] = {"fp32": [], "bf16": [], "tuned": []}
-    for step in range(3):
-        (batch,) = micro_batches(rows, stream.draw(step), 0, 1, job["batch_size"], Padding(0))
-        batch = batch.to(job["device"])
-        assert batch.partner is not None and batch.lam is not None
-        with torch.no_grad():
-            padded = pad(rows, batch.row_ids[: batch.num_rows].numpy(), job["max_length"], job["device"])
-            truth = float(mixkd_loss(teacher, student, padded, batch.partner, batch.lam))
-            with torch.autocast(job["device"], torch.bfloat16):
-                tuned = float(mixkd_loss(half_teacher, student, padded, batch.partner, batch.lam))
-            differences["tuned"].append(abs(tuned - truth) / abs(truth))
-            for precision in ("fp32", "bf16"):
-                module.autocast = precision == "bf16"
-                terms, _ = module(batch, Moment(step, 3, 0.0))
-                differences[precision].append(abs(float(terms.mean(1).sum()) - truth) / abs(truth))
-    largest = {precision: max(values) for precision, values in differences.items()}
-    agrees = all(value <= TOLERANCE[precision] for precision, value in largest.items())
-    return {"largest_relative_difference": largest, "agrees": agrees}
-
-
-def summarise(arm: str, runs: list[dict[str, Any]], job: dict[str, Any], peak: float) -> dict[str, Any]:
-    """Medians over the rounds."""
-
-    def rate(run: dict[str, Any], key: str) -> float:
-        seconds = sum(epoch["seconds"] for epoch in run["epochs"]) + run["store_seconds"]
-        return float(sum(epoch[key] for epoch in run["epochs"]) / seconds)
-
-    samples = [rate(run, "rows") for run in runs]
-    per_epoch = [[epoch["rows"] / epoch["seconds"] for epoch in run["epochs"]] for run in runs]
-    return {
-        "samples_per_s": statistics.median(samples),
-        "all_samples_per_s": samples,
-        "tokens_per_s": statistics.median(rate(run, "tokens") for run in runs),
-        "epoch_samples_per_s": [statistics.median(values) for values in zip(*per_epoch, strict=True)],
-        "store_seconds": statistics.median(run["store_seconds"] for run in runs),
-        "peak_mib": max(run["peak_mib"] for run in runs),
-        "mfu": statistics.median(samples) * flops_per_row(arm, job) / peak,
-    }
-
-
-def flops_per_row(arm: str, job: dict[str, Any]) -> float:
-    """Matrix FLOPs of real tokens of one row and its mixed row, mean over an epoch; only what the arm computes.
-
-    A mixed row is as long as the longer of its pair. The backward takes twice the forward's. mixkd_fast runs the
-    teacher on a clean row once in all epochs, and every last layer for the first token only.
-    """
-    lines = Path(job["train"]).read_text().splitlines()
-    lengths = np.array([json.loads(line)["sentence"].count(" ") + 3 for line in lines])
-    partners = np.random.default_rng(0).permutation(lengths)
-    # With batches of like length a partner is as long as the row.
-    mixed = np.maximum(lengths, partners) if arm == "textbook" else lengths
-    lean = arm == "mixkd_fast"
-
-    def flops(which: str, rows: "np.ndarray[Any, Any]") -> float:
-        config = AutoConfig.from_pretrained(job[which])
-        return forward_flops(EncoderShape.of(config), rows, first_token_only=lean) / len(rows)
-
-    clean_teacher = flops("teacher", lengths) / (job["epochs"] if lean else 1)
-    return clean_teacher + flops("teacher", mixed) + 3 * (flops("student", lengths) + flops("student", mixed))
+def start(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run Python in a new process."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def peak_flops(device: str, threads: int) -> float:
@@ -260,8 +192,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--models", help=f"comma separated, of {', '.join(SIZES)} (default: minilm; all on a GPU)")
     parser.add_argument("--rows", type=int, help="training rows (default: 2,048 on the CPU, 16,384 on a GPU)")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, help="rows of a batch (default: 32 on the CPU, 128 on a GPU)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compiled-rounds", type=int, help="how many of them run tuned_compiled too (default: all)")
     parser.add_argument("--textbook-steps", type=int, default=8, help="steps of the textbook arm that are timed")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     return parser.parse_args(arguments)
