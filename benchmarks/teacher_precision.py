@@ -5,6 +5,7 @@ rows with the same answer, mean KL, accuracy. The demo's own teacher by default.
 """
 
 import argparse
+import json
 import statistics
 import time
 from functools import partial
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--task", default="demo")
     parser.add_argument("--file", help="Parquet or JSONL rows of a task other than the demo")
+    parser.add_argument("--json", type=Path, help="file of the results")
     options = parser.parse_args()
     files = {} if options.file is None else {"train_files": [options.file], "evaluation_files": {"it": [options.file]}}
     splits = load_splits(Task(name=options.task, max_length=128, **files), None, None)
@@ -55,6 +57,7 @@ def main() -> None:
     truth, labels = log_softmax(logits["fp32"], 1), np.asarray(rows.labels)
     print("| precision | rows/s | same answer as fp32, % | KL to fp32 | accuracy, % |")
     print("| --- | ---: | ---: | ---: | ---: |")
+    results = {}
     for name, values in logits.items():
         own = log_softmax(values, 1)
         agreement = 100 * float((values.argmax(1) == logits["fp32"].argmax(1)).mean())
@@ -62,6 +65,12 @@ def main() -> None:
         accuracy = 100 * float((values.argmax(1) == labels).mean())
         rate = len(rows) / statistics.median(seconds[name])
         print(f"| {name} | {rate:,.0f} | {agreement:.2f} | {divergence:.1e} | {accuracy:.2f} |")
+        figures = {"same_answer_percent": agreement, "kl_to_fp32": divergence, "accuracy_percent": accuracy}
+        results[name] = {"rows_per_s": rate, "seconds": seconds[name], **figures}
+    if options.json is not None:
+        report = {"device": options.device, "threads": torch.get_num_threads(), "rows": len(rows), "results": results}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _clean_logits(teacher: FrozenTeacher, batch: Batch) -> Tensor:
