@@ -48,8 +48,8 @@ asan: venv  ## the op tests on a CPU library built with the address and undefine
 	cd build/asan && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 MIXKD_REQUIRE=cpu ../../$(BIN)/python -m pytest -q $(OP_TESTS) -k "not compile and not opcheck"
 
-gpu-check: venv  ## on a machine with an NVIDIA GPU: build, test, sanitize, train, benchmark; writes runs/gpu/
-	$(BIN)/python -m benchmarks.gpu_check
+gpu-check: venv  ## on a machine with an NVIDIA GPU: build, test, train, benchmark, sanitize; writes runs/gpu/; ONLY=PART,PART for some
+	$(BIN)/python -m benchmarks.gpu_check $(if $(ONLY),--only $(ONLY))
 
 venv:
 	@$(PYTHON) .ci/make_venv.py

@@ -18,6 +18,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "mixkd_fast_ready"
 TORCH = "torch==2.13.0"  # the version this release is tested with; any torch >= 2.11 will do
 EXTRAS = "train,dev"
+PEERS = ("liger-kernel>=0.6",)  # as in the extra "bench"; on a machine with a GPU
 TIMEOUT_S = 1800  # for one command; the longest fetches torch
 
 
@@ -37,6 +38,11 @@ def main() -> int:
     install_torch()
     # No build isolation: the packages below are built against the torch that is here, and no second one is fetched.
     pip("install", "--no-build-isolation", "--editable", f"{ROOT}[{EXTRAS}]")
+    if has_nvidia_gpu():
+        # What the benchmarks compare with; where it cannot be had, their reports say so.
+        why = attempt(pip_command("install", *PEERS))
+        if why:
+            print(f"left out: {why}", flush=True)
     run([PYTHON, "-m", "mixkd_fast.ops.backends"])
     warm_up()
     STAMP.write_text(wanted)
@@ -76,17 +82,28 @@ def warm_up() -> None:
 
 
 def pip(*arguments: str) -> None:
-    run([PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments, "--quiet"])
+    run(pip_command(*arguments))
+
+
+def pip_command(*arguments: str) -> list:
+    return [PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments, "--quiet"]
 
 
 def run(command: list) -> None:
-    print("+", " ".join(str(part) for part in command), flush=True)
+    why = attempt(command)
+    if why:
+        sys.exit(f"set-up failed: {why}")
+
+
+def attempt(command: list) -> str:
+    """Run a command. Returns what went wrong, or ""."""
+    shown = " ".join(str(part) for part in command)
+    print("+", shown, flush=True)
     try:
         result = subprocess.run(command, cwd=ROOT, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        sys.exit(f"set-up failed: {' '.join(str(part) for part in command)} did not end within {TIMEOUT_S} s")
-    if result.returncode != 0:
-        sys.exit(f"set-up failed: {' '.join(str(part) for part in command)} ended with {result.returncode}")
+        return f"{shown} did not end within {TIMEOUT_S} s"
+    return f"{shown} ended with {result.returncode}" if result.returncode else ""
 
 
 if __name__ == "__main__":

@@ -132,11 +132,8 @@ def _linear_rules(
 ) -> Iterator[Rule]:
     case = result["case"]
     yield "times faster than eager", speedup(arms, backend), 1.0, False
-    # Of the arms' peaks: gradients, the weight's sums in fp32, and what is asked about, the rest.
-    kept = result["kept_bytes"]
     for name, limit in ((backend, 0.6 * 1024), (f"{backend}, logit-free", 64.0)):
-        peak = arms.get(name, {}).get("peak_bytes")
-        yield f"MiB beside the gradients ({name})", None if peak is None else (peak - kept) / 2**20, limit, True
+        yield f"MiB beside the gradients ({name})", _mib_beside_gradients(result, arms.get(name, {})), limit, True
     if device["type"] != "cuda" or case["rows"] < 8192:
         return
     if case["divergence"] == "forward_kl" and backend == "cuda":
@@ -148,6 +145,16 @@ def _linear_rules(
         for peer, limit in (("Liger-Kernel fused", 3.0), ("Liger-Kernel chunked", 1.6)):
             other = _median(arms, peer)
             yield f"times faster than {peer}", None if own is None or other is None else other / own, limit, False
+
+
+def _mib_beside_gradients(result: dict[str, Any], arm: dict[str, Any]) -> float | None:
+    """The larger of what the forward alone and what it takes with the backward, each besides what is there at its end.
+
+    In the forward there is no gradient of the weight yet: the room for it in the second figure would hide a buffer.
+    """
+    spans = (("forward_peak_bytes", "forward_kept_bytes"), ("peak_bytes", "kept_bytes"))
+    beside = [arm[peak] - result[kept] for peak, kept in spans if peak in arm]
+    return max(beside) / 2**20 if len(beside) == len(spans) else None
 
 
 RULES = {

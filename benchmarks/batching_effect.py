@@ -1,7 +1,7 @@
 """What batches of rows of like length do to the student: python -m benchmarks.batching_effect [--seeds N] [--steps N]
 
-The demo's student by MixKD, with rows drawn at random and with planned batches of several windows; the same rows,
-steps and seeds. Prints a table of validation loss and accuracy, mean and standard deviation over seeds.
+The demo's student by MixKD, with rows drawn at random, with planned batches of several windows, and with a token budget
+that holds as many rows per step on average; the same rows, steps and seeds. Prints a table of validation loss and accuracy, mean and standard deviation over seeds.
 """
 
 import argparse
@@ -17,6 +17,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "length, window 8192": {"batching": "length", "window": 8192},
     "length, window 512": {"batching": "length", "window": 512},
     "length, window 128": {"batching": "length", "window": 128},
+    "4 x 192 tokens": {
+        "batching": "length",
+        "batch_size": 64,
+        "micro_batch_size": 16,
+        "tokens_per_micro_batch": 192,
+    },
 }
 
 

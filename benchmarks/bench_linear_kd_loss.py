@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,8 +45,14 @@ def run(cases: list[LinearCase], device: torch.device, budget: Budget, compiled:
             if "time" in entry:
                 entry["tflop_per_s"] = case.flop / entry["time"]["median_ms"] * 1e-9
         result = {"op": "linear_kd_loss", "case": describe(case), "span": "forward+backward", "arms": entries}
-        results.append(result | {"kept_bytes": kept_bytes(case)})
+        kept = {"kept_bytes": kept_bytes(case), "forward_kept_bytes": forward_kept_bytes(case)}
+        results.append(result | kept)
     return results
+
+
+def forward_kept_bytes(case: LinearCase) -> int:
+    """What the forward leaves to the backward: the gradient by hidden states, and the weight's sums in fp32."""
+    return case.rows * case.width * case.dtype.itemsize + case.classes * case.width * 4
 
 
 def kept_bytes(case: LinearCase) -> int:
@@ -95,9 +102,14 @@ def _arms(case: LinearCase, inputs: LinearInputs, device: torch.device, compiled
             losses.append((f"{row.backend}, {MORE_MIB} MiB", "project", more))
             losses.append((f"{row.backend}, logit-free", "project", _loss(case, row.backend, logit_free=True)))
     return [
-        Arm(name, kind, None, missing=loss) if isinstance(loss, str) else Arm(name, kind, _with_gradients(loss, inputs))
+        Arm(name, kind, None, missing=loss) if isinstance(loss, str) else _arm(name, kind, loss, inputs)
         for name, kind, loss in losses
     ]
+
+
+def _arm(name: str, kind: Any, loss: peers.LinearLoss, inputs: LinearInputs) -> Arm:
+    forward = partial(loss, inputs) if kind == "project" else None
+    return Arm(name, kind, _with_gradients(loss, inputs), forward=forward)
 
 
 def _loss(case: LinearCase, backend: str, **options: Any) -> peers.LinearLoss:

@@ -3,6 +3,7 @@
 Of relations: O rows, h heads, d width of a head.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -178,6 +179,23 @@ def linear_cases(device: torch.device, quick: bool) -> list[LinearCase]:
     shapes = ((256, 32000, 512), (16, 32000, 512))
     dtypes = (torch.float32, torch.bfloat16)
     return [LinearCase(*shape, dtype, name) for shape in shapes for dtype in dtypes for name in names]
+
+
+def short_cases(cases: Sequence[Any]) -> list[Any]:
+    """Of an op's cases those that its bars speak of most: the first vocabulary, the largest batch, bf16 where it is.
+
+    Widest first.
+    """
+    first = cases[0]
+    if isinstance(first, KDCase):
+        narrow = [case for case in cases if case.mixed]
+        return [case for case in cases if case.classes == first.classes and case.dtype == first.dtype] + narrow
+    kept = [case for case in cases if case.dtype == cases[-1].dtype]
+    if isinstance(first, MixCase):
+        return [case for case in kept if case.output_bytes == max(other.output_bytes for other in kept)]
+    if isinstance(first, LinearCase):
+        return [case for case in kept if case.rows == first.rows or case.divergence == "forward_kl"]
+    return kept[::-1]
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Setting:
     task: dict[str, Any]
     max_length: int
     teacher_steps: int = 1000
-    student_steps: int = 600
+    student_steps: int = 400
     batch_size: int = 16
     answer_tokens: int = 48
     """Longest text that a student writes for its own training."""

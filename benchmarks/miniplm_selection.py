@@ -129,7 +129,7 @@ def config_of(options: argparse.Namespace, file: str = "pool", **sections: Any) 
         "metrics": ["perplexity"],
     }
     student = {"config": llama(STUDENT), "tokenizer": str(options.work / "tokenizer")}
-    return validate(Config, {"task": task, "student": student, **sections})
+    return validate(Config, {"task": task, "student": student, "method": {"name": "finetune"}, **sections})
 
 
 def llama(shape: dict[str, int]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def train_and_score(name: str, options: argparse.Namespace) -> None:
             output={"directory": str(folder), "report": False, "overwrite": True},
             progress=False,
         )
-    scored = config_of(options, method={"name": "finetune"}, teacher={"model": str(folder / "student")})
+    scored = config_of(options, teacher={"model": str(folder / "student")})
     teach(scored, TeachOptions("nll", options.work / f"{name}_nll"), progress=False)
 
 

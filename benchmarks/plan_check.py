@@ -1,6 +1,7 @@
-"""Is `mixkd-fast plan` right? Predicts the speed of training steps on this CPU, then runs them and compares.
+"""Is `mixkd-fast plan` right? Predicts the speed of training steps on this CPU or GPU, then runs them and compares.
 
-    python -m benchmarks.plan_check [--precision bf16] [--batching length] [--steps 30] [--repeats N] [--json FILE]
+    python -m benchmarks.plan_check [--device cuda] [--precision bf16] [--batching length] [--steps 30] [--repeats N]
+                                    [--json FILE]
 
 A BERT of MiniLM's size (6 layers x 384) and random weights teaches its first 3 layers on rows of random words whose
 lengths follow MNLI's. The prediction is made before and after the run, because the machine may change in between.
@@ -22,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+from benchmarks.machine import facts, headline, planned_gpu, write_both
 from mixkd_fast import distill
 from mixkd_fast.configuration import Config, validate
 from mixkd_fast.distillation import Result
@@ -43,24 +45,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=None)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=here)
     parser.add_argument("--repeats", type=int, default=1, help="how often to predict, run and compare (default: 1)")
-    parser.add_argument("--json", type=Path, help="file of the results")
+    parser.add_argument("--json", type=Path, help="file of the results; .md is written beside it")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}; allowed: at least 1")
-    runs = []
+    if options.device != here:  # runs take the GPU where there is one
+        sys.exit(f"--device {options.device}: runs here take {here} (CUDA_VISIBLE_DEVICES= hides a GPU)")
+    runs: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:
             runs.append(check(Path(folder), options))
         print(json.dumps(runs[-1], indent=2), flush=True)
-    report = judge(runs, options)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    ratio = f"median of predicted / measured over {len(runs)} runs: {report['median']:.2f}"
-    print(ratio)
-    if not report["within"]:
-        sys.exit(f"{ratio} is not within {100 * BAR:g} % of 1")
+        found = judge(runs, options)
+        if options.json is not None:  # what is measured stays if a later repeat is cut off
+            report = {**facts(torch.device(options.device)), **found}
+            write_both(report, page(report), options.json)
+    print(verdict(found))
+    if not found["within"]:
+        sys.exit(verdict(found))
 
 
 def judge(runs: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
@@ -72,7 +78,27 @@ def judge(runs: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, 
     median = statistics.median(run[key] for run in runs)
     known = {name: value for name, value in vars(options).items() if name != "json"}
     within = abs(median - 1) <= BAR
-    return {"options": known, "judged": key, "median": median, "bar": BAR, "within": within, "runs": runs}
+    return {"options": known, "judged": key, "median": median, "bar": BAR, "within": within, "runs": list(runs)}
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """The median of all runs against the bar, as a line."""
+    said = "is" if report["within"] else "is not"
+    ratio = f"median of predicted / measured over {len(report['runs'])} runs: {report['median']:.2f}"
+    return f"{ratio} {said} within {100 * report['bar']:g} % of 1"
+
+
+def page(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    seconds = "s of processor time" if report["judged"].endswith("_cpu") else "s"
+    lines = ["# The plan against a run", "", headline(report), ""]
+    lines += [f"| measured, rows/{seconds} | predicted before and after | predicted / measured |"]
+    lines += ["| ---: | ---: | ---: |"]
+    for run in report["runs"]:
+        predictions = ", ".join(f"{rate:.1f}" for rate in run["predicted_rows_per_s"])
+        measured = run["measured_rows_per_cpu_s" if report["judged"].endswith("_cpu") else "measured_rows_per_s"]
+        lines.append(f"| {measured:.1f} | {predictions} | {run[report['judged']]:.2f} |")
+    return "\n".join([*lines, "", f"The {verdict(report)}."])
 
 
 def check(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -101,9 +127,10 @@ def check(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "output": {"directory": str(folder / "run"), "report": False},
     }
     config = validate(Config, fields)
-    before = predicted(config)
+    planned = "cpu" if options.device == "cpu" else planned_gpu(torch.cuda.get_device_name())
+    before = predicted(config, planned)
     result, cpu_s = timed(fields)
-    after = predicted(config)
+    after = predicted(config, planned)
     measured = float(result.summary["training"]["samples_per_s"])
     mean = (before["rows_per_s"] + after["rows_per_s"]) / 2
     report: dict[str, Any] = {
@@ -131,9 +158,9 @@ def timed(fields: dict[str, Any]) -> tuple[Result, float]:
     return result, time.process_time() - started
 
 
-def predicted(config: Config) -> dict[str, Any]:
-    """The plan's rows per second and its parts on this CPU."""
-    speed = make_plan(config, ["cpu"], [1]).devices[0].counts[0].throughput
+def predicted(config: Config, planned: str) -> dict[str, Any]:
+    """The plan's rows per second and its parts on one device: "cpu", or a GPU of its table."""
+    speed = make_plan(config, [planned], [1]).devices[0].counts[0].throughput
     assert speed is not None
     return {"rows_per_s": speed.rows_per_s, "parts_ms": {part.name: 1e3 * part.seconds for part in speed.parts}}
 

@@ -54,6 +54,8 @@ def markdown(report: dict[str, Any]) -> str:
         "inputs.",
         "",
     ]
+    lines += _lacking_lines("Failed", report.get("failures", []))
+    lines += _lacking_lines("Not run", report.get("not_run", []))
     lines += _bars_lines(report["bars"])
     for op in dict.fromkeys(result["op"] for result in report["results"]):
         lines += _op_lines(op, [result for result in report["results"] if result["op"] == op])
@@ -107,6 +109,12 @@ def plot(report: dict[str, Any], files: list[Path]) -> None:
         for file in files:
             figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
         pyplot.close(figure)
+
+
+def _lacking_lines(title: str, entries: list[dict[str, Any]]) -> list[str]:
+    if not entries:
+        return []
+    return [f"## {title}", "", *(f"- {entry['op']}, {entry['case']}: {entry['why']}" for entry in entries), ""]
 
 
 def _bars_lines(bars: list[dict[str, Any]]) -> list[str]:

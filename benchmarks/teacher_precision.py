@@ -1,22 +1,22 @@
-"""What bf16, int8 and fp8 do to a teacher: python -m benchmarks.teacher_precision [--teacher FOLDER] [--device D]
+"""What bf16, int8 and fp8 do to a teacher: python -m benchmarks.teacher_precision [--device D] [--json FILE]
 
 Rows per second of its clean forward over the demo's validation rows, and how far its answers are from fp32's: share of
 rows with the same answer, mean KL, accuracy. The demo's own teacher by default.
 """
 
 import argparse
-import json
 import statistics
 import time
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from scipy.special import log_softmax
 from torch import Tensor
 
+from benchmarks.machine import facts, headline, write_both
 from mixkd_fast.configuration import Task, Teacher
 from mixkd_fast.data.batching import Batch, Padding
 from mixkd_fast.data.loading import load_splits
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--task", default="demo")
     parser.add_argument("--file", help="Parquet or JSONL rows of a task other than the demo")
-    parser.add_argument("--json", type=Path, help="file of the results")
+    parser.add_argument("--json", type=Path, help="file of the results; .md is written beside it")
     options = parser.parse_args()
     files = {} if options.file is None else {"train_files": [options.file], "evaluation_files": {"it": [options.file]}}
     splits = load_splits(Task(name=options.task, max_length=128, **files), None, None)
@@ -55,22 +55,31 @@ def main() -> None:
             if number:
                 seconds[name].append(time.perf_counter() - started)
     truth, labels = log_softmax(logits["fp32"], 1), np.asarray(rows.labels)
-    print("| precision | rows/s | same answer as fp32, % | KL to fp32 | accuracy, % |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    results = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, values in logits.items():
         own = log_softmax(values, 1)
-        agreement = 100 * float((values.argmax(1) == logits["fp32"].argmax(1)).mean())
-        divergence = float((np.exp(truth) * (truth - own)).sum(1).mean())
-        accuracy = 100 * float((values.argmax(1) == labels).mean())
-        rate = len(rows) / statistics.median(seconds[name])
-        print(f"| {name} | {rate:,.0f} | {agreement:.2f} | {divergence:.1e} | {accuracy:.2f} |")
-        figures = {"same_answer_percent": agreement, "kl_to_fp32": divergence, "accuracy_percent": accuracy}
-        results[name] = {"rows_per_s": rate, "seconds": seconds[name], **figures}
+        found[name] = {
+            "rows_per_s": len(rows) / statistics.median(seconds[name]),
+            "seconds": seconds[name],
+            "agreement_percent": 100 * float((values.argmax(1) == logits["fp32"].argmax(1)).mean()),
+            "kl_to_fp32": float((np.exp(truth) * (truth - own)).sum(1).mean()),
+            "accuracy_percent": 100 * float((values.argmax(1) == labels).mean()),
+        }
+    print("\n".join(table(found)))
     if options.json is not None:
-        report = {"device": options.device, "threads": torch.get_num_threads(), "rows": len(rows), "results": results}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report = {**facts(device), "teacher": Path(options.teacher).name, "rows": len(rows), "precisions": found}
+        page = ["# What a teacher's precision does", "", headline(report), "", *table(found)]
+        write_both(report, "\n".join(page), options.json)
+
+
+def table(found: dict[str, dict[str, Any]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = ["| precision | rows/s | same answer as fp32, % | KL to fp32 | accuracy, % |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: |")
+    for name, entry in found.items():
+        cells = [f"{entry['rows_per_s']:,.0f}", f"{entry['agreement_percent']:.2f}", f"{entry['kl_to_fp32']:.1e}"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {entry['accuracy_percent']:.2f} |")
+    return lines
 
 
 def _clean_logits(teacher: FrozenTeacher, batch: Batch) -> Tensor:

@@ -53,6 +53,8 @@ class Arm:
     missing: str = ""
     compared: bool = True
     """False: a companion timed in the same rounds whose result is another one than the truth of this case."""
+    forward: Callable[[], object] | None = None
+    """The forward of `call` alone, whose peak of memory is measured as well."""
 
 
 @dataclass(frozen=True)
@@ -175,10 +177,12 @@ def measure(
     copied_ms = timings["copy"].median_ms
     copy_rate = copy_bytes / copied_ms
     entries.insert(0, {"name": "copy", "kind": "copy", **_figures(timings["copy"], copy_bytes, copy_rate)})
-    for entry in entries[1:]:
-        if entry["name"] in timed:
-            entry |= _figures(timings[entry["name"]], floor_bytes, copy_rate)
-            entry["peak_bytes"] = peak_bytes(timed[entry["name"]], device)
+    for arm, entry in zip(arms, entries[1:], strict=True):
+        if arm.name in timed:
+            entry |= _figures(timings[arm.name], floor_bytes, copy_rate)
+            entry["peak_bytes"] = peak_bytes(timed[arm.name], device)
+            if arm.forward is not None:
+                entry["forward_peak_bytes"] = peak_bytes(arm.forward, device)
     return entries
 
 

@@ -16,7 +16,7 @@ from benchmarks.train_arms import fields, half, load_models, mixkd_loss, own_wid
 from mixkd_fast.configuration import Config, batch_arithmetic, validate
 from mixkd_fast.data.batching import Batch, micro_batches
 from mixkd_fast.deepspeed_config import autocasts
-from mixkd_fast.engine import DistillationModule
+from mixkd_fast.distillation_module import DistillationModule
 from mixkd_fast.evaluation import EvaluationPlan
 from mixkd_fast.methods import Moment
 from mixkd_fast.model_preparation import Loaded

@@ -8,97 +8,181 @@ the arms on identical batches (`train_agreement.py`).
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from benchmarks.machine import ROOT, planned_gpu, write_both
 from benchmarks.plan_check import save_tokenizer, write_rows
 from benchmarks.train_report import markdown, plot
-from benchmarks.train_summary import Runs, summarise, times_faster
+from benchmarks.train_summary import Runs, summarise_all
 from mixkd_fast.planning.hardware import GPUS
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
     # width, layers, heads, feed-forward, student layers
-    "minilm": (384, 6, 12, 1536, 3),
-    "bert-base": (768, 12, 12, 3072, 6),
+    # The one with a bar for its MFU first.
     "bert-large": (1024, 24, 16, 4096, 6),
+    "bert-base": (768, 12, 12, 3072, 6),
+    "minilm": (384, 6, 12, 1536, 3),
 }
 ARMS = ("textbook", "tuned", "tuned_reusing", "tuned_compiled", "mixkd_fast")
 REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 """What makes glibc keep freed memory for the next step, as mixkd_fast does on the CPU by itself."""
+IDLE = "GPU idle in "
+"""Before an arm: the task of measuring how long the GPU stands still in its steps."""
 
 
 def main(arguments: list[str], facts: dict[str, Any]) -> None:
     """Run the benchmark. Args: facts = commit, versions, device, for the report."""
     options = _options(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: PyTorch finds no CUDA device here")
+    stop = time.monotonic() + options.stop_after
     models = options.models.split(",") if options.models else (["minilm"] if options.device == "cpu" else list(SIZES))
     unknown = [name for name in models if name not in SIZES]
     if unknown:
         sys.exit(f"--models {','.join(unknown)}: allowed: {', '.join(SIZES)}")
-    results: list[dict[str, Any]] = []
-    report = {"command": facts.pop("command"), **facts, "results": results}
+    results: dict[str, dict[str, Any]] = {}
+    report = {"command": facts.pop("command"), **facts, "tested": options.tested}
+    report |= {"results": [], "not_run": []}
+
+    def write() -> None:
+        if options.json is not None:
+            write_both(report, markdown(report), options.json)
+
+    def save(result: dict[str, Any]) -> None:
+        results[result["model"]] = result
+        report["results"] = list(results.values())
+        write()
+
     for name in models:
-        results.append(measure(name, options))
-        if options.json is not None:  # what is measured stays if a later model is cut off
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            options.json.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+        if time.monotonic() > stop:
+            report["not_run"].append(name)
+            write()
+            continue
+        measure(name, options, stop, save)
+        if options.json is not None:
             plot(report, options.json.with_suffix(".svg"))
     print(markdown(report))
-    if any(not result["agreement"]["agrees"] for result in results):
-        sys.exit("losses or gradients of the arms differ by more than the tolerance: the times mean nothing")
+    lacking = [f"{result['model']} {what}" for result in results.values() for what in lacking_parts(result)]
+    lacking += [f"{name}: not begun, no time was left" for name in report["not_run"]]
+    if lacking:
+        sys.exit("\n".join(lacking))
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All arms on models of one size."""
-    with tempfile.TemporaryDirectory() as folder:
-        job = make_job(name, Path(folder), options)
-        agreement = run_arm("agreement", job)
-        runs: dict[str, Runs] = {arm: {} for arm in ARMS if arm != "tuned_reusing" or options.device == "cpu"}
-        order, shuffle = list(runs), random.Random(0)
-        for number in range(options.rounds):
-            shuffle.shuffle(order)
-            for arm in order:
-                if arm != "tuned_compiled" or options.compiled_rounds is None or number < options.compiled_rounds:
-                    runs[arm][number] = run_arm(arm, job)
-        runs = {arm: of_arm for arm, of_arm in runs.items() if of_arm}
-        peak = peak_flops(options.device, job["threads"])
-        arms = {arm: summarise(arm, of_arm, job, peak) for arm, of_arm in runs.items()}
-        for arm, of_arm in runs.items():
-            if arm != "mixkd_fast":
-                arms[arm]["mixkd_fast_is"] = times_faster(runs["mixkd_fast"], of_arm)
-        parts = profile(job, arms)
+def lacking_parts(result: dict[str, Any]) -> list[str]:
+    """What failed and what was not run, for the last lines of the program."""
+    found = [f"{part}: {why}" for part, why in result["failures"].items()]
+    if result["agreement"] is not None and not result["agreement"]["agrees"]:
+        found.append("losses or gradients of the arms differ by more than the tolerance: the times mean nothing")
+    return found + [f"{part}: not run, no time was left" for part in result["not_run"]]
+
+
+def measure(
+    name: str,
+    options: argparse.Namespace,
+    stop: float = math.inf,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """All arms on models of one size.
+
+    Args: stop = time.monotonic() after which nothing new is begun; save gets the result whenever there is more of it.
+    What fails is named in "failures", what is not begun in "not_run".
+    """
     keys = ("rows", "batch_size", "epochs", "max_length", "textbook_steps", "warmup_steps", "threads", "workers")
-    return {
+    result: dict[str, Any] = {
         "model": name,
         "teacher_layers": SIZES[name][1],
         "student_layers": SIZES[name][4],
-        "job": {key: job[key] for key in (*keys, "attention_dropout", "training")},
-        "peak_flops": peak,
-        "agreement": agreement,
-        "arms": arms,
-        "parts_ms": parts,
+        "agreement": None,
+        "arms": {},
+        "parts_ms": {},
+        "failures": {},
+        "not_run": [],
     }
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(name, Path(folder), options)
+        peak = peak_flops(options.device, job["threads"])
+        result |= {"job": {key: job[key] for key in (*keys, "attention_dropout", "training")}, "peak_flops": peak}
+        runs: dict[str, Runs] = {}
+
+        def run(task: Task) -> None:
+            if task.what == "agreement":
+                result["agreement"] = run_arm("agreement", job)
+            elif task.what == "profile":
+                result["parts_ms"] = profile(job)
+            elif task.what.startswith(IDLE):
+                arm = task.what.removeprefix(IDLE)
+                if arm in result["arms"]:  # otherwise it has failed before
+                    result["arms"][arm]["idle_share"] = idle_share(arm, job)
+            else:
+                runs.setdefault(task.what, {})[task.round] = run_arm(task.what, job)
+                result["arms"] = summarise_all({arm: runs[arm] for arm in ARMS if arm in runs}, job, peak)
+
+        for task in work(options):
+            several = options.rounds > 1 and task.what in ARMS
+            label = f"{task.what} (round {task.round + 1})" if several else task.what
+            if time.monotonic() > stop:
+                result["not_run"].append(label)
+                continue
+            try:
+                run(task)
+            except (RuntimeError, AssertionError, OSError) as error:  # of CUDA too: the next has a process of its own
+                result["failures"][label] = f"{type(error).__name__}: {error}"
+                print(f"{label} failed: {error}", file=sys.stderr, flush=True)
+            save(result)
+    save(result)
+    return result
 
 
-def profile(job: dict[str, Any], arms: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Milliseconds of a step of mixkd_fast by part; on a GPU each arm gets its "idle_share", from a run of its own."""
-    job = job | {"profile": job["profile_steps"]}
-    if job["device"] == "cpu":
-        return dict(run_arm("mixkd_fast", job)["parts_ms"])
-    for arm, figures in arms.items():
-        figures["idle_share"] = run_arm(arm, job)["idle_share"]
-    # Parts are spans of the host: each kernel is waited for, so that a span holds what it has started.
-    return dict(run_arm("mixkd_fast", job, {"CUDA_LAUNCH_BLOCKING": "1"})["parts_ms"])
+class Task(NamedTuple):
+    """An arm of one round, or what is done once."""
+
+    what: str
+    """An arm, "agreement", "profile", or `IDLE` before an arm."""
+    round: int = 0
+    """Of an arm that is timed."""
+
+
+def work(options: argparse.Namespace) -> list[Task]:
+    """What is done with models of one size, in order."""
+    # Freed memory is kept by PyTorch on a GPU.
+    arms = [arm for arm in ARMS if not (arm == "tuned_reusing" and options.device != "cpu")]
+    compiled = options.rounds if options.compiled_rounds is None else options.compiled_rounds
+    profiles = [Task("profile")]
+    if options.device == "cuda":
+        profiles += [Task(IDLE + arm) for arm in arms[::-1] if arm != "tuned_compiled" or compiled]
+    order, shuffle, timed = list(arms), random.Random(0), []
+    for number in range(options.rounds):
+        shuffle.shuffle(order)
+        timed += [Task(arm, number) for arm in order if arm != "tuned_compiled" or number < compiled]
+    if options.rounds == 1:
+        # Nothing is compared between rounds, and time may be short: what bars speak of comes first.
+        timed.sort(key=lambda task: (task.what != "mixkd_fast", arms.index(task.what)))
+        return [*timed, Task("agreement"), *profiles]
+    return [Task("agreement"), *timed, *profiles]
+
+
+def profile(job: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of a step of mixkd_fast by part."""
+    # Parts are spans of the host: on a GPU each kernel is waited for, so that a span holds what it has started.
+    waiting = {"CUDA_LAUNCH_BLOCKING": "1"} if job["device"] == "cuda" else None
+    return dict(run_arm("mixkd_fast", job | {"profile": job["profile_steps"]}, waiting)["parts_ms"])
+
+
+def idle_share(arm: str, job: dict[str, Any]) -> float:
+    """Share of an arm's steps in which the GPU stands still, from a run of its own."""
+    return float(run_arm(arm, job | {"profile": job["profile_steps"]})["idle_share"])
 
 
 def make_job(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +240,7 @@ def run_arm(arm: str, job: dict[str, Any], more_environment: dict[str, str] | No
     environment |= (REUSE if arm == "tuned_reusing" else {}) | (more_environment or {})
     done = start(["-m", "benchmarks.train_arms", arm, str(job_file), str(output)], environment)
     if done.returncode != 0:
-        sys.exit(f"{arm} failed:\n{done.stderr[-3000:]}")
+        raise RuntimeError(done.stderr[-3000:].strip() or f"status {done.returncode}")
     result: dict[str, Any] = json.loads(output.read_text())
     return result
 
@@ -170,11 +254,10 @@ def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Compl
 def peak_flops(device: str, threads: int) -> float:
     """bf16 FLOP/s: published for a GPU in the table of `mixkd-fast plan`; measured by a large product on the CPU."""
     if device == "cuda":
-        name = torch.cuda.get_device_properties(0).name
-        found = next((entry for key, entry in GPUS.items() if key in name), None)
-        if found is None:
-            sys.exit(f"no published peak for {name}")
-        return found.flops_per_s["bf16"]
+        try:
+            return GPUS[planned_gpu(torch.cuda.get_device_properties(0).name)].flops_per_s["bf16"]
+        except LookupError as error:
+            sys.exit(f"no MFU without a published peak: {error}")
     torch.set_num_threads(threads)
     matrix = torch.randn(2048, 2048).to(torch.bfloat16)
     best = float("inf")
@@ -197,4 +280,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--compiled-rounds", type=int, help="how many of them run tuned_compiled too (default: all)")
     parser.add_argument("--textbook-steps", type=int, default=8, help="steps of the textbook arm that are timed")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--tested", default="", help="what the tests said that ran before, for the report")
+    parser.add_argument(
+        "--stop-after", type=float, default=math.inf, metavar="SECONDS", help="begin nothing new after this time"
+    )
     return parser.parse_args(arguments)

@@ -32,6 +32,16 @@ def warm_rate(run: dict[str, Any]) -> float | None:
     return float(sum(e["rows"] for e in later) / sum(e["seconds"] for e in later)) if later else None
 
 
+def summarise_all(runs: dict[str, Runs], job: dict[str, Any], peak: float) -> dict[str, dict[str, Any]]:
+    """`summarise` of every arm; "mixkd_fast_is" for those that ran in a round in which mixkd_fast did."""
+    found = {arm: summarise(arm, of_arm, job, peak) for arm, of_arm in runs.items()}
+    ours = runs.get("mixkd_fast", {})
+    for arm, of_arm in runs.items():
+        if arm != "mixkd_fast" and ours.keys() & of_arm.keys():
+            found[arm]["mixkd_fast_is"] = times_faster(ours, of_arm)
+    return found
+
+
 def summarise(arm: str, runs: Runs, job: dict[str, Any], peak: float) -> dict[str, Any]:
     """Medians over the rounds. Args: peak = FLOP/s, of which MFU is a share."""
     samples = {number: rate(run) for number, run in runs.items()}
@@ -53,7 +63,7 @@ def summarise(arm: str, runs: Runs, job: dict[str, Any], peak: float) -> dict[st
 def times_faster(ours: Runs, other: Runs) -> dict[str, Any]:
     """How many times faster `ours` is: round by round, their median, and of the means over the same rounds.
 
-    Rounds in which only one of both ran say nothing: the machine may have been another then.
+    Rounds in which only one of both ran say nothing: the machine may have been another then. There must be another.
     """
     shared = sorted(ours.keys() & other.keys())
     rates = [(rate(ours[number]), rate(other[number])) for number in shared]

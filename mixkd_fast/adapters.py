@@ -17,12 +17,18 @@ _NAME = "default"
 
 
 def add_adapters(
-    model: nn.Module, section: Lora, base: str | None, seed: int, frozen_dtype: torch.dtype | None
+    model: nn.Module,
+    section: Lora,
+    base: str | None,
+    seed: int,
+    frozen_dtype: torch.dtype | None,
+    revision: str | None = None,
 ) -> nn.Module:
     """Freeze a whole transformers model in memory and put trained fp32 adapters into it, in place.
 
     Args: base = hub name or folder of the model's weights, written into the adapter's configuration; None where the
-    adapters will be merged; frozen_dtype = of the frozen weights, None leaves them.
+    adapters will be merged; frozen_dtype = of the frozen weights, None leaves them; revision = of the base on the hub,
+    written likewise.
     Raises: ModelError if the layers named are not there, or are ones whose output the engine computes itself.
     """
     transformers_model: Any = model
@@ -55,6 +61,7 @@ def add_adapters(
             "model in which they are one; leave them out"
         )
     transformers_model.peft_config[_NAME].base_model_name_or_path = base
+    transformers_model.peft_config[_NAME].revision = None if base is None else revision
     for parameter in model.parameters():
         if frozen_dtype is not None and not parameter.requires_grad:
             parameter.data = parameter.data.to(frozen_dtype)

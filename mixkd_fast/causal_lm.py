@@ -45,6 +45,21 @@ class Head(NamedTuple):
         logits = self.scale * F.linear(hidden, self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def in_fp32(self) -> Head:
+        """The same with weight and bias in fp32."""
+        return self._replace(weight=self.weight.float(), bias=None if self.bias is None else self.bias.float())
+
+
+def head_of(output: Any, config: Any) -> Head:
+    """An output embedding as the model's configuration says that it is applied."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    softcap = getattr(text, "final_logit_softcapping", None)
+    scale = getattr(text, "logit_scale", None) or 1.0
+    scale *= getattr(text, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0
+    bias = getattr(output, "bias", None)
+    return Head(output.weight, bias, None if softcap is None else float(softcap), float(scale))
+
 
 class CausalLM(nn.Module):
     """A transformers causal language model behind `hidden`, `head`, `answers` and `generate`.
@@ -112,13 +127,7 @@ class CausalLM(nn.Module):
 
     def head(self) -> Head:
         """The output layer; of a model that ZeRO-3 partitions inside its engine's forward or `gathered_head` only."""
-        output: Any = self.model.get_output_embeddings()
-        text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
-        softcap = getattr(text, "final_logit_softcapping", None)
-        scale = getattr(text, "logit_scale", None) or 1.0
-        scale *= getattr(text, "lm_head_multiplier", None) or 1.0
-        scale /= getattr(text, "logits_scaling", None) or 1.0
-        return Head(output.weight, getattr(output, "bias", None), softcap, float(scale))
+        return head_of(self.model.get_output_embeddings(), self.config)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters that `head` reads."""
@@ -177,7 +186,6 @@ class CausalLM(nn.Module):
             raise ModelError(f"a prompt of {prompt_ids.shape[1]} tokens leaves the model no position for an answer")
         drawn = options.temperature > 0
         chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p} if drawn else {}
-        # Afresh: what a repository recommends (penalties, least lengths) is not what was asked for.
         settings = type(model.generation_config)(
             max_new_tokens=room,
             do_sample=drawn,
@@ -190,7 +198,7 @@ class CausalLM(nn.Module):
         devices = [prompt_ids.device] if prompt_ids.device.type == "cuda" else []
         partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         try:
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=devices), _plainly_generating(model, limit):
                 torch.manual_seed(seed)
                 generated: Tensor = model.generate(
                     input_ids=prompt_ids,
@@ -201,6 +209,21 @@ class CausalLM(nn.Module):
         finally:
             model.train(was_training)
         return generated[:, prompt_ids.shape[1] :]
+
+    @torch.no_grad()
+    def probe(self, device: torch.device) -> Probe:
+        """What `check_probe` compares, fp32 but for the hidden states. Collective if partitioned."""
+        model, was_training = self.model, self.training
+        words = int(model.get_input_embeddings().num_embeddings)
+        ids = torch.arange(1, 9, device=device).remainder(words)[None]
+        self.eval()
+        try:
+            own = model(input_ids=ids, use_cache=False).logits.float()
+            hidden = model.base_model(input_ids=ids, use_cache=False, return_dict=True)[0]
+            shorter = model(input_ids=ids[:, :5], use_cache=False).logits.float()
+        finally:
+            self.train(was_training)
+        return Probe(own, hidden, shorter)
 
     @torch.no_grad()
     def next_logits(self, new_ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
@@ -217,6 +240,27 @@ class CausalLM(nn.Module):
             inputs["logits_to_keep"] = 1
         found = self.model(**inputs, return_dict=True)
         return found.logits[:, -1], found.past_key_values
+
+
+@contextmanager
+def _plainly_generating(model: Any, limit: int | None) -> Iterator[None]:
+    """Here the model has no generation settings of its own, with which transformers fills in what a call leaves open,
+    and takes positions beyond its limit for its last one: it may have to go on where other ranks have room left.
+    """
+
+    def within(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if limit and named.get("position_ids") is not None:
+            named = {**named, "position_ids": named["position_ids"].clamp(max=limit - 1)}
+        return arguments, named
+
+    own = model.generation_config
+    model.generation_config = type(own)()
+    hook = model.register_forward_pre_hook(within, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        model.generation_config = own
 
 
 def answers_of(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
@@ -236,32 +280,42 @@ def answers_of(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     return sums.float()
 
 
+class Probe(NamedTuple):
+    """A few tokens as a model itself answers them, and its hidden states of them."""
+
+    own: Tensor
+    """[1, L, C]"""
+    hidden: Tensor
+    """[1, L, H]"""
+    shorter: Tensor
+    """[1, fewer, C]: of the first tokens alone."""
+
+
 def check_head(lm: CausalLM) -> None:
     """Refuse a model whose own logits are not what `head` makes of its hidden states, or not causal.
 
     One forward of a few tokens each way, where the model is, with whole (not partitioned) parameters. It catches
     families that do more to their logits than `head` knows.
     """
-    model: Any = lm.model
-    if getattr(lm.config, "_attn_implementation", None) not in ("eager", "sdpa", None):
-        return  # others (flash attention) need a GPU and half precision
-    words = int(model.get_input_embeddings().num_embeddings)
-    ids = torch.arange(1, 9, device=next(lm.parameters()).device).remainder(words)[None]
-    kind, was_training = type(model).__name__, lm.training
-    lm.eval()
-    try:
-        with torch.no_grad():
-            own = model(input_ids=ids, use_cache=False).logits.float()
-            hidden = model.base_model(input_ids=ids, use_cache=False, return_dict=True)[0]
-            ours = lm.head().logits(hidden).float()
-            shorter = model(input_ids=ids[:, :5], use_cache=False).logits.float()
-    finally:
-        lm.train(was_training)
+    if can_probe(lm):
+        check_probe(lm, lm.probe(next(lm.parameters()).device))
+
+
+def can_probe(lm: CausalLM) -> bool:
+    """Others (flash attention) need a GPU and half precision."""
+    return getattr(lm.config, "_attn_implementation", None) in ("eager", "sdpa", None)
+
+
+def check_probe(lm: CausalLM, found: Probe) -> None:
+    """`check_head` of what `CausalLM.probe` gave, with the head whole."""
+    kind, own = type(lm.model).__name__, found.own
+    with torch.no_grad():
+        ours = lm.head().logits(found.hidden).float()
     tolerance = 1e-4 if next(lm.parameters()).dtype == torch.float32 else 3e-2
     if ours.shape != own.shape or not torch.allclose(ours, own, rtol=tolerance, atol=tolerance):
         raise ModelError(
             f"{kind} cannot be used: its logits are not its hidden states times its output embedding (with the bias, "
             "scale and soft-cap of its configuration)"
         )
-    if not torch.allclose(own[:, :5], shorter, rtol=tolerance, atol=tolerance):
+    if not torch.allclose(own[:, : found.shorter.shape[1]], found.shorter, rtol=tolerance, atol=tolerance):
         raise ModelError(f"{kind} cannot be used: its positions see later ones, so it is no causal language model")

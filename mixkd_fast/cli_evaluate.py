@@ -32,8 +32,12 @@ from mixkd_fast.saving import load_model
 Labels = NDArray[Any]
 
 
-def evaluate_saved(model_folder: Path, task: Task, batch_size: int = 64) -> dict[str, tuple[Evaluation, Labels]]:
+def evaluate_saved(
+    model_folder: Path, task: Task, batch_size: int = 64, seed: int = 0
+) -> dict[str, tuple[Evaluation, Labels]]:
     """Score the model saved in a folder: evaluation split -> (figures and logits, labels).
+
+    Args: seed = of answers that are drawn: training.seed for those of the run.
 
     Raises: DataError or ModelError where rows, model and task do not fit together.
     """
@@ -41,7 +45,7 @@ def evaluate_saved(model_folder: Path, task: Task, batch_size: int = 64) -> dict
     if not any((model_folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ModelError(f"{str(model_folder)!r} holds no saved model: config.json is missing")
     if task.kind == "causal_lm":
-        return _evaluate_language(model_folder, task, batch_size, device)
+        return _evaluate_language(model_folder, task, batch_size, device, seed)
     model, tokenizer = load_model(model_folder)
     spec, splits = load_evaluation(task)
     check_num_labels(model.config, spec.num_labels, spec.label_names)
@@ -64,7 +68,7 @@ def evaluate_saved(model_folder: Path, task: Task, batch_size: int = 64) -> dict
 
 
 def _evaluate_language(
-    model_folder: Path, task: Task, batch_size: int, device: torch.device
+    model_folder: Path, task: Task, batch_size: int, device: torch.device, seed: int
 ) -> dict[str, tuple[Evaluation, Labels]]:
     """The same for a causal language model, with ROUGE-L of its answers to instructions; logits are [N, 3]."""
     model, tokenizer = load_model(model_folder, causal_lm=True)
@@ -84,7 +88,7 @@ def _evaluate_language(
         for split, rows in splits.items()
     }
     references = references_of(task, splits, tokens)
-    answers = Answers.of_splits(task.generation, 0, tokens, references, plan, tokenizer)
+    answers = Answers.of_splits(task.generation, seed, tokens, references, plan, tokenizer)
 
     @torch.no_grad()
     def forward(batch: Batch) -> torch.Tensor:
@@ -112,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(options.model)
     try:
         path = Path(options.config) if options.config else folder.parent / "config.json"
-        task = load_config(path, options.overrides).task
-        results = evaluate_saved(folder, task, options.batch_size)
+        config = load_config(path, options.overrides)
+        results = evaluate_saved(folder, config.task, options.batch_size, config.training.seed)
         print(json.dumps({split: result.metrics for split, (result, _) in results.items()}, indent=2))
     except MixKDError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -181,7 +181,8 @@ class Training(Section):
     window: PositiveInt = 8192
     """Batching "length": rows that are sorted by length together; larger pads less and is less random."""
     tokens_per_micro_batch: PositiveInt | None = None
-    """Batching "length": limit of clean rows x their padded width per rank and forward, beside micro_batch_size."""
+    """Batching "length": limit of clean rows x their padded width per rank and forward, beside micro_batch_size; a step
+    then has micro-batches of all lengths."""
     evaluation_batch_size: PositiveInt = 64
     """Rows per rank per forward in evaluation."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5

@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from mixkd_fast import distributed
 from mixkd_fast.configuration import Config, Output, Student, Task, Teacher, Training, validate
-from mixkd_fast.engine import DistillationModule, Engine, start_distributed
+from mixkd_fast.distillation_module import DistillationModule
+from mixkd_fast.engine import Engine, start_distributed
 from mixkd_fast.host_memory import give_back_freed_memory, keep_freed_memory
 from mixkd_fast.method_setting import setting_of
 from mixkd_fast.methods import AnyMethod, FineTune, Method
@@ -112,16 +113,19 @@ def run_config(config: Config, loaded: Loaded | None = None, resume: bool = Fals
     keeps_memory = device.type == "cpu" and (config.teacher is None or config.teacher.zero_stage == 0)
     if keeps_memory:
         keep_freed_memory()
+    checkpoints = f"{config.output.directory}/checkpoints"
+    what_next = f"run the same command with --resume to go on from the last checkpoint in {checkpoints}"
     try:
-        with watched_ranks(config.training.rank_timeout_s, f"{config.output.directory}/checkpoints"):
-            return _run(config, loaded, device, resume, progress)
+        with watched_ranks(config.training.rank_timeout_s, what_next), RunFolder(config, resume) as folder:
+            return _run(config, loaded, folder, device, resume, progress)
     finally:
         if keeps_memory:
             give_back_freed_memory()
 
 
-def _run(config: Config, loaded: Loaded, device: torch.device, resume: bool, progress: bool) -> Result:
-    folder = RunFolder(config, resume)
+def _run(
+    config: Config, loaded: Loaded, folder: RunFolder, device: torch.device, resume: bool, progress: bool
+) -> Result:
     started = time.time()
     parts = prepare(config, loaded, device)
     extras = config.method.build(setting_of(config, loaded, parts, device))

@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -82,12 +83,21 @@ def _host_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in rank order, on every rank."""
+@functools.cache
+def _patient_group() -> Any:
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def gather_objects(value: Any, patient: bool = False) -> list[Any]:
+    """Every rank's value, in rank order, on every rank.
+
+    Args: patient = wait for the others for days, not for the half hour of other exchanges: for ranks that have less
+    to do than others. `watching` tells of those that are gone.
+    """
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient_group() if patient else None)
     return values
 
 

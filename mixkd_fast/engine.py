@@ -26,12 +26,13 @@ from mixkd_fast.configuration import Training
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.data.next_tokens import IGNORED
 from mixkd_fast.deepspeed_config import autocasts
+from mixkd_fast.distillation_module import DistillationModule
 from mixkd_fast.errors import CheckpointError, ConfigurationError
+from mixkd_fast.extra_states import ExtraStates
 from mixkd_fast.language_task import Sampling
-from mixkd_fast.methods import Method, Moment
-from mixkd_fast.models import Encoder
+from mixkd_fast.methods import Moment
 from mixkd_fast.step_records import StepRecord, StepRecords, StepReport
-from mixkd_fast.universal import saved_ranks, universal_state
+from mixkd_fast.universal import model_state_files, saved_ranks, universal_state
 
 _TAG = "engine"
 _TIMEOUT = timedelta(minutes=30)
@@ -57,48 +58,6 @@ def start_distributed(device: torch.device) -> None:
         )
 
 
-class DistillationModule(nn.Module):
-    """Student, the method's own modules, and the loss: one forward per micro-batch, as ZeRO-3's hooks want it.
-
-    autocast: compute in bf16 what is safe, with fp32 weights; for bf16 without ZeRO, where DeepSpeed's own wrapper
-    keeps two copies of the weights and gathers their gradients parameter by parameter.
-    """
-
-    autocast = False
-
-    def __init__(
-        self, student: Encoder | CausalLM, teacher: Any | None, extras: nn.Module | None, method: Method
-    ) -> None:
-        super().__init__()
-        # Which of both faces it is, the method knows.
-        self.student: Any = student
-        self.extras = extras
-        self.method = method
-        self._frozen = (teacher,)  # in a tuple: no submodule, so no parameters of this module
-
-    @property
-    def students(self) -> list[Encoder]:
-        """The student, and those that the method trains beside it."""
-        return [self.student, *self.method.more_students(self.extras)]
-
-    def forward(self, batch: Batch, moment: Moment | None, student: int = 0) -> tuple[Tensor, list[str]]:
-        """Loss terms stacked [terms, B] fp32 and their names; without a moment the logits [B, C] of an evaluation
-        (of a causal language model the answers [B, 3]).
-
-        Args: student = which of the students is evaluated.
-        """
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.autocast):
-            return self._forward(batch, moment, student)
-
-    def _forward(self, batch: Batch, moment: Moment | None, student: int) -> tuple[Tensor, list[str]]:
-        if moment is None:
-            model: Any = self.students[student]
-            answers = model.answers(batch) if isinstance(model, CausalLM) else model.clean(batch).logits
-            return answers.float(), []
-        terms = self.method.terms(batch, self.student, self._frozen[0], self.extras, moment)
-        return torch.stack([term.float() for term in terms.values()]), list(terms)
-
-
 class Engine:
     """Trains a `DistillationModule` under the user's DeepSpeed configuration."""
 
@@ -114,6 +73,7 @@ class Engine:
         self.training = training
         self.device = device
         self._module = module
+        self._extra_states = ExtraStates(module)
         config = dict(deepspeed_config)
         # DeepSpeed's own counting of throughput waits for the device twice in every step.
         config.setdefault("timers", {"throughput": {"enabled": False}})
@@ -217,13 +177,13 @@ class Engine:
         seed: int,
         eos_ids: Tensor,
         pad_id: int,
-        student: int = 0,
+        num_tokens: int | None = None,
     ) -> Tensor:
-        """A student's continuations of prompts; see `CausalLM.generate`. Collective under ZeRO-3."""
+        """The student's continuations of prompts; see `CausalLM.generate`. Collective under ZeRO-3."""
         self._engine.eval()
-        model: Any = self._module.students[student]
+        model: Any = self._module.student
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._module.autocast):
-            generated: Tensor = model.generate(prompt_ids, prompt_mask, options, seed, eos_ids, pad_id)
+            generated: Tensor = model.generate(prompt_ids, prompt_mask, options, seed, eos_ids, pad_id, num_tokens)
         return generated
 
     def after_evaluation(self, metrics: Mapping[str, Mapping[str, float]]) -> None:
@@ -309,6 +269,8 @@ class Engine:
         """Write everything that training needs to go on, on every rank; a frozen student's weights are left out."""
         skips = self._skips_frozen
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=skips)
+        if distributed.rank() == 0:
+            self._extra_states.save(folder)
 
     def load(self, checkpoint: Path) -> None:
         """Read what `save` wrote into the state folder of a checkpoint, on any number of ranks. Collective."""
@@ -333,6 +295,7 @@ class Engine:
             raise CheckpointError(f"DeepSpeed found no state of this ZeRO stage and number of ranks in {folder}")
         if is_cut_otherwise:
             self._complete_universal(folder / _TAG, decays)
+        self._extra_states.load(checkpoint / "state")
 
     def _complete_universal(self, folder: Path, decays: list[float | None]) -> None:
         """What DeepSpeed leaves out of a universal checkpoint, or gets wrong, put right."""
@@ -347,7 +310,7 @@ class Engine:
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(parameter.device if is_fused else "cpu", copy=True)
         # Frozen parameters and buffers are not among what the optimizer holds.
-        files = sorted(folder.glob("*_model_states.pt"))
+        files = model_state_files(folder)
         saved = torch.load(files[0], map_location="cpu", weights_only=False)
         with torch.no_grad():
             for name, buffer in self._module.named_buffers():

@@ -12,11 +12,12 @@ from mixkd_fast.data.batching import EvaluationBatches
 from mixkd_fast.data.next_tokens import left_padded_prompts
 from mixkd_fast.data.tokenization import TokenRows
 from mixkd_fast.evaluation import EvaluationPlan
-from mixkd_fast.language_task import Sampling
+from mixkd_fast.language_task import Sampling, vocabulary_size
 from mixkd_fast.metrics import rouge_l
 
-Generate = Callable[[Tensor, Tensor, Sampling, int, Tensor, int], Tensor]
-"""(prompt ids, prompt mask, options, seed, ids that end a text, pad id) -> tokens; see `CausalLM.generate`."""
+Generate = Callable[[Tensor, Tensor, Sampling, int, Tensor, int, int], Tensor]
+"""(prompt ids, prompt mask, options, seed, ids that end a text, pad id, number of tokens) -> tokens; see
+`CausalLM.generate`."""
 
 
 class Answers:
@@ -37,6 +38,7 @@ class Answers:
         """Args: references = the responses of the first rows; there are as many answers."""
         self.rows, self.references, self.plan, self.tokenizer = rows, references, plan, tokenizer
         self.options, self.seed, self.count = options, seed, len(references)
+        self.num_tokens = vocabulary_size(tokenizer)
         self.teacher_texts: list[str] | None = None
 
     @classmethod
@@ -98,7 +100,7 @@ class Answers:
             ids, mask = left_padded_prompts(batch.input_ids, batch.prompt_lengths, pad_id)
             # The draws belong to the batch, which is the same for every number of ranks.
             seed = _seed(self.seed, number * ranks + rank)
-            generated = generate(ids, mask, self.options, seed, eos_ids, pad_id).cpu()
+            generated = generate(ids, mask, self.options, seed, eos_ids, pad_id, self.num_tokens).cpu()
             for row_id, tokens in zip(batch.row_ids.tolist(), generated.tolist(), strict=True):
                 if row_id >= 0:
                     end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))

@@ -56,6 +56,7 @@ def load_language_teacher(
     if section.zero_stage == 3:
         check_vocabulary(source.skeleton(), tokenizer, "teacher")
         sharded = load_sharded_teacher(section, source, precision, arithmetic.micro_batch_size, device)
+        sharded.check_head()
         return FrozenTeacher(sharded, _no_digest)
     lm = load_teacher_lm(section, precision)
     check_vocabulary(lm.model, tokenizer, "teacher")
@@ -113,9 +114,10 @@ def _with_adapters(student: CausalLM, config: Config, loaded: Loaded, deepspeed_
 
     section, lora = config.student, config.student.lora
     assert lora is not None
-    name = section.model or (config.teacher.model if config.teacher is not None else None)
+    origin = section if section.model else config.teacher
+    name, revision = (None, None) if origin is None else (origin.model, origin.revision)
     if loaded.student is not None or (section.model is None and loaded.teacher is not None):
-        name = getattr(loaded.student or loaded.teacher, "name_or_path", None)
+        name, revision = getattr(loaded.student or loaded.teacher, "name_or_path", None), None
     if not name and not lora.merge:
         raise ModelError(
             "student.lora saves adapters for a model that is somewhere, and the loaded model does not know where it "
@@ -124,7 +126,7 @@ def _with_adapters(student: CausalLM, config: Config, loaded: Loaded, deepspeed_
     # Frozen weights need no fp32 copy: autocast would multiply in bf16 anyway.
     frozen_dtype = torch.bfloat16 if autocasts(config.training, deepspeed_config) else None
     base = None if lora.merge or not name else base_of(name)
-    add_adapters(student.model, lora, base, config.training.seed, frozen_dtype)
+    add_adapters(student.model, lora, base, config.training.seed, frozen_dtype, revision)
     trained, whole = count_trained(student.model), count_parameters(student.model)
     return f"LoRA of rank {lora.r}: {trained:,} of {whole:,} parameters are trained"
 

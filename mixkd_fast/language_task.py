@@ -58,6 +58,11 @@ class LanguageTask(Section):
     """causal_lm: how these answers are generated."""
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """Rows a word-embedding table needs for every id of a tokenizer; ids may have gaps."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
 def check_language_fields(section: Any) -> None:
     """Refuse fields of one kind of task in another. Raises: ValueError that names the field."""
     # By value: a configuration that is printed whole, with every default, must stay right.

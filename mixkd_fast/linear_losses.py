@@ -186,14 +186,16 @@ def linear_kd_loss(
 
     Gradients reach student_hidden, student_weight and student_bias; what needs none is not computed (a frozen head
     costs no product). The teacher gets none and builds no autograd state. A tied embedding may be given as
-    student_weight: its gradient adds to the embedding's. Rows that are dropped cost neither product nor traffic, their
-    hidden states may hold NaN, their gradient is 0.
+    student_weight: its gradient adds to the embedding's. Rows that are dropped may hold NaN, their gradient
+    is 0. On a CPU they cost neither product nor traffic. On a GPU the rows that count come first, in chunks of
+    max_logits_mib: once the first is launched, the host waits to hear how many rows count, and launches no chunk behind
+    the last of them. A call of one chunk does not wait, nor one that a CUDA graph captures: there all rows cost.
 
     Args:
         student_hidden: floating [..., H_S].
         student_weight: floating [C, H_S]. Where hidden states and weight differ in dtype, the product is taken in the
-            wider one; under autocast in autocast's. Logits, losses and weight gradients are summed in fp32 (fp64 if an
-            input is fp64), never rounded to half precision before a softmax.
+            wider one; on a GPU under autocast in autocast's. Logits, losses and weight gradients are summed in fp32
+            (fp64 if an input is fp64), never rounded to half precision before a softmax.
         teacher_hidden: floating [..., H_T], or a `TopK`; None only at kd_weight 0.
         teacher_weight: floating [C_T, H_T]; None with a `TopK` or without a teacher. If C_T is not C the classes both
             have are compared and the rest is left out of both softmaxes; CE uses all C.

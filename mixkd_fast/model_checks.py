@@ -11,6 +11,7 @@ from torch import nn
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.encoder import Encoder
 from mixkd_fast.errors import ModelError
+from mixkd_fast.language_task import vocabulary_size
 from mixkd_fast.mixing import Mixing
 
 _PROBES: list[tuple[str, ...]] = [
@@ -38,11 +39,6 @@ def largest_layer_numel(model: nn.Module) -> int:
 def word_embedding_size(model: Any) -> int:
     """Number of rows of a transformers model's word-embedding table (its padded vocabulary)."""
     return int(model.get_input_embeddings().num_embeddings)
-
-
-def vocabulary_size(tokenizer: Any) -> int:
-    """Rows a word-embedding table needs for every id of a tokenizer; ids may have gaps."""
-    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def check_same_tokenizer(teacher: Any, student: Any) -> None:

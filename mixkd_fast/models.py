@@ -17,6 +17,7 @@ from mixkd_fast.causal_lm import CausalLM
 from mixkd_fast.configuration import Precision, Student, Teacher
 from mixkd_fast.encoder import Encoder
 from mixkd_fast.errors import ModelError
+from mixkd_fast.language_task import vocabulary_size
 from mixkd_fast.model_checks import (
     check_max_length,
     check_mixing,
@@ -26,7 +27,6 @@ from mixkd_fast.model_checks import (
     count_parameters,
     labels_permuted,
     max_positions,
-    vocabulary_size,
     word_embedding_size,
 )
 from mixkd_fast.pretrained import (

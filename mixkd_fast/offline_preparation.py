@@ -82,7 +82,7 @@ def scores_of(texts: Dataset) -> Callable[[str, str], RowScores]:
         digest = digest or corpus_hash(texts)
         store.require({"corpus_hash": digest})
         records = {name: values.numpy() for name, values in store.rows(np.arange(store.origin.num_rows)).items()}
-        read_by = (store.origin.tokenizer_hash, store.origin.max_length)
+        read_by = (store.origin.tokenizer_hash, store.origin.max_length, store.origin.rows_hash)
         return RowScores(records["source_rows"], records["nll"] / records["tokens"], read_by)
 
     return read

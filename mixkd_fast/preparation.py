@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run: tokenizer, rows, teacher, student, DeepSpeed's configuration."""
 
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from mixkd_fast.data.tasks import TaskSpec
 from mixkd_fast.data.tokenization import TokenRows, default_cache_dir, tokenize_rows
 from mixkd_fast.deepspeed_config import student_deepspeed_config
 from mixkd_fast.engine import Engine
-from mixkd_fast.errors import ConfigurationError, MixKDError
+from mixkd_fast.errors import ConfigurationError, DataError, MixKDError
 from mixkd_fast.extra_labelling import with_chosen_extra_rows
 from mixkd_fast.facts import device_name, used_backends
 from mixkd_fast.frozen_teacher import FrozenTeacher
@@ -62,6 +63,8 @@ class Prepared:
     num_student_parameters: int
     notes: list[str]
     deepspeed_config: dict[str, Any]
+    rows_hash: str
+    """Of the training rows, by which a resumed run knows them; "" where they may differ a little."""
     chosen_rows: dict[str, int] | None
     """Of a method that chooses its training rows: how many of how many."""
     references: dict[str, list[str]]
@@ -140,6 +143,9 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
     splits, extra_rows = with_chosen_extra_rows(config, splits, teacher, tokenise, padding, device)
     train: Any  # rows, or a stream of them
     train = _stream(config, spec, tokenizer, arithmetic, cache_dir) if config.task.streaming else tokenise(splits.train)
+    # What a teacher said of extra rows may differ in the last bits between machines.
+    rows_hash = "" if config.task.asks_teacher_about_extra_rows else train.content_hash
+    _require_same_rows(rows_hash)
     if teacher is not None and teacher_section is not None and teacher_section.offline is not None:
         store = open_offline(config, loaded, train, splits.train, tokenizer)
         teacher.use_offline(store, device)
@@ -162,6 +168,7 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
         num_student_parameters=num_parameters,
         notes=notes,
         deepspeed_config=deepspeed_config,
+        rows_hash=rows_hash,
         chosen_rows=chosen,
         references=references_of(config.task, splits.evaluation, evaluation) if language else {},
     )
@@ -185,6 +192,17 @@ def _stream(
 ) -> StreamedRows:
     """The streamed rows; rank 0 leaves the index of the files for the others."""
     return first_on_rank_zero(lambda: open_stream(config, spec, tokenizer, arithmetic.micro_batch_size, cache_dir))
+
+
+def _require_same_rows(content_hash: str) -> None:
+    """Raise DataError where the ranks have different training rows. Collective."""
+    found = distributed.gather_objects((content_hash, socket.gethostname()))
+    other = next((number for number, (its_hash, _) in enumerate(found) if its_hash != found[0][0]), None)
+    if other is not None:
+        raise DataError(
+            f"the task's training rows on {found[other][1]} (rank {other}) are not those on {found[0][1]} (rank 0); "
+            "give every machine the same files"
+        )
 
 
 def first_on_rank_zero(work: Callable[[], T]) -> T:

@@ -33,6 +33,7 @@ from mixkd_fast.schedule import (
     DrawnStream,
     Stream,
     check_micro_batches,
+    check_same_rows,
     is_checkpoint_step,
     is_evaluation_step,
     learning_rate,
@@ -53,6 +54,8 @@ class RunState:
     """Number of ranks that wrote it; 0 if it is not known."""
     micro_batches: int = 0
     """Of one step, over all ranks; 0 if it is not known."""
+    rows_hash: str = ""
+    """Of the training rows; "" if it is not known."""
     metrics_bytes: int = 0
     best: dict[str, Any] | None = None
     evaluations_without_gain: int = 0
@@ -93,7 +96,8 @@ class Run:
         self.answers = Answers.of_splits(
             config.task.generation, training.seed, parts.evaluation, parts.references, self.plan, parts.tokenizer
         )
-        self.state = RunState(ranks=self.ranks, micro_batches=self.arithmetic.accumulation * self.ranks)
+        number = self.arithmetic.accumulation * self.ranks
+        self.state = RunState(ranks=self.ranks, micro_batches=number, rows_hash=parts.rows_hash)
         self.teacher_logits: dict[str, Logits] = {}
         self.teacher_metrics: dict[str, dict[str, float]] = {}
         self.teacher_rows_per_s: float | None = None
@@ -110,11 +114,13 @@ class Run:
             return
         state = RunState(**checkpoint.state)
         check_micro_batches(self.config, state.micro_batches, self.arithmetic)
+        check_same_rows(state.rows_hash, self.state.rows_hash)
         self.engine.load(checkpoint.path)
         self.state = state
         before = f", written by {state.ranks} ranks" if state.ranks not in (0, self.ranks) else ""
         distributed.say(f"Resuming from {checkpoint.path} after step {state.step} of {self.steps}{before}")
         state.ranks, state.micro_batches = self.ranks, self.arithmetic.accumulation * self.ranks
+        state.rows_hash = self.parts.rows_hash
 
     def train(self, progress: bool) -> None:
         """Train to the last step (or an early stop).

@@ -3,9 +3,7 @@
 import json
 import math
 import os
-import secrets
-import socket
-import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ from mixkd_fast import distributed
 from mixkd_fast.checkpoint import MANIFEST, CheckpointStore, remove_tree, sync
 from mixkd_fast.configuration import Config
 from mixkd_fast.errors import CheckpointError, ConfigurationError
+from mixkd_fast.folder_lock import alone_in
+from mixkd_fast.shared_folder import require_shared
 from mixkd_fast.strict_json import read_object
 
 _FREE_ON_RESUME = {
@@ -28,14 +28,12 @@ _FREE_ON_RESUME = {
     "task.cache_dir",
 }
 
-_SHARING_PATIENCE_S = 20.0
-"""A network file system may show a new file a little later."""
-
 
 class RunFolder:
-    """Creates or reopens the folder. Collective; only rank 0 writes."""
+    """Creates or reopens the folder, and keeps other runs out until it is left. Collective; only rank 0 writes."""
 
     def __init__(self, config: Config, resume: bool) -> None:
+        self._held = ExitStack()
         self.path = Path(config.output.directory)
         self.store = CheckpointStore(self.path / "checkpoints", config.training.keep_checkpoints)
         error: Exception | None = None
@@ -45,6 +43,8 @@ class RunFolder:
             except (OSError, ConfigurationError, CheckpointError) as caught:
                 error = caught
         message = distributed.first_error(error)
+        if message is not None:
+            self._held.close()
         if isinstance(error, ConfigurationError | CheckpointError):
             raise error
         # The other ranks know the message alone.
@@ -56,30 +56,17 @@ class RunFolder:
                 f"output.directory = {config.output.directory!r}: cannot be written ({message}); "
                 "choose a folder you own"
             ) from error
-        self._require_shared()
+        # A checkpoint consists of files of all ranks.
+        require_shared(self.path, "output.directory")
 
-    def _require_shared(self) -> None:
-        """Every rank must see what rank 0 writes: a checkpoint consists of files of all of them."""
-        if distributed.world_size() == 1:
-            return
-        name = f".seen-by-all-{secrets.token_hex(8)}"
-        if distributed.rank() == 0:
-            (self.path / name).touch()
-        name = distributed.broadcast_object(name)
-        deadline = time.monotonic() + _SHARING_PATIENCE_S
-        while not (seen := (self.path / name).exists()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        here = f"rank {distributed.rank()} on {socket.gethostname()}"
-        blind = [text for text in distributed.gather_objects(None if seen else here) if text is not None]
-        if distributed.rank() == 0:
-            (self.path / name).unlink(missing_ok=True)
-        if blind:
-            raise ConfigurationError(
-                f"output.directory = {str(self.path)!r}: {', '.join(blind)} cannot see what rank 0 writes there; give "
-                "a folder of a file system that all machines share, by the same path"
-            )
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
     def _open(self, config: Config, resume: bool) -> None:
+        self._held.enter_context(alone_in(self.path, "output.directory", "run"))
         used = (self.path / "config.json").exists() or self.store.directory.exists()
         if used and not resume:
             if not config.output.overwrite:
@@ -91,7 +78,6 @@ class RunFolder:
                 remove_tree(self.path / name)
             for name in ("config.json", "metrics.jsonl", "summary.json", "report.html"):
                 (self.path / name).unlink(missing_ok=True)
-        self.path.mkdir(parents=True, exist_ok=True)
         resolved = config.model_dump(mode="json", by_alias=True, serialize_as_any=True)
         if isinstance(config.deepspeed, str):  # what the file says now, so that a resumed run notices a change
             resolved["deepspeed"] = read_object(config.deepspeed, "deepspeed")

@@ -1,5 +1,6 @@
 """Writing a student as transformers does, and reading it back."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +34,14 @@ def save_model(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: P
 def load_model(folder: Path, causal_lm: bool = False) -> tuple[nn.Module, Any]:
     """A saved sequence-classification (or causal language) model in evaluation mode, and its tokenizer.
 
-    Of an adapter folder the model that its configuration names, with the adapters in it.
+    Of an adapter folder the model that its configuration names, in the revision it names, with the adapters in it.
     """
+    adapters = folder / "adapter_config.json"
+    revision = json.loads(adapters.read_text()).get("revision") if adapters.is_file() else None
+    of_base = {} if revision is None else {"revision": revision}
     family = AutoModelForCausalLM if causal_lm else AutoModelForSequenceClassification
     with quiet():
-        model = family.from_pretrained(folder, use_safetensors=True)
+        model = family.from_pretrained(folder, use_safetensors=True, **of_base)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 

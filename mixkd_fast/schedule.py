@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mixkd_fast.configuration import DEFAULT_EPOCHS, BatchArithmetic, Config, Training
 from mixkd_fast.data.batching import Draw, GlobalBatches
 from mixkd_fast.data.planned_batches import PlannedBatches
-from mixkd_fast.errors import ConfigurationError
+from mixkd_fast.errors import ConfigurationError, DataError
 from mixkd_fast.mixing import Mixing
 
 
@@ -66,6 +66,20 @@ def check_micro_batches(config: Config, before: int, now: BatchArithmetic) -> No
         raise ConfigurationError(
             f"{field}: the checkpoint's steps had {before} micro-batches, and now they have {number}; set "
             f"training.micro_batch_size = {training.batch_size // before} and let the number of ranks divide {before}"
+        )
+
+
+def check_same_rows(before: str, now: str) -> None:
+    """The rows of a step are drawn by number, so a resumed run must have those that its checkpoint had.
+
+    Args: hashes of the training rows; before = a checkpoint's, "" if it is not known.
+    Raises: DataError.
+    """
+    if before not in ("", now):
+        raise DataError(
+            "--resume needs the training rows that the run was started with, and those of the task are others "
+            f"({before[:12]} then, {now[:12]} now): a file was changed, added or taken away. Bring the files back, or "
+            "start a new run in another output.directory"
         )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from mixkd_fast import distributed
 from mixkd_fast.build_locks import without_dead_locks
-from mixkd_fast.causal_lm import CausalLM, Head, answers_of
+from mixkd_fast.causal_lm import CausalLM, Head, answers_of, can_probe, check_probe
 from mixkd_fast.configuration import Precision, Teacher
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.deepspeed_config import teacher_zero3_config
@@ -84,6 +84,13 @@ class ShardedTeacher:
         """Here, and nowhere else, the output layer is whole on every rank. Collective."""
         with whole_parameters(self._lm.head_parameters()):
             yield
+
+    def check_head(self) -> None:
+        """Refuse a language model whose head this package does not know; see `causal_lm.check_head`."""
+        if can_probe(self._lm):
+            found = self._engine("probe", (self._engine.device,), {})
+            with self.gathered_head():
+                check_probe(self._lm, found)
 
     @torch.no_grad()
     def answers(self, batch: Batch) -> torch.Tensor:

@@ -28,6 +28,7 @@ from mixkd_fast.engine import start_distributed
 from mixkd_fast.errors import ConfigurationError, MixKDError, ModelError
 from mixkd_fast.frozen_teacher import FrozenTeacher
 from mixkd_fast.language_preparation import load_language_teacher
+from mixkd_fast.language_task import vocabulary_size
 from mixkd_fast.model_checks import largest_layer_numel
 from mixkd_fast.model_preparation import Loaded
 from mixkd_fast.models import load_tokenizer, teacher_source
@@ -44,6 +45,7 @@ from mixkd_fast.offline.writing import StoreWriter
 from mixkd_fast.offline_preparation import teacher_hash
 from mixkd_fast.preparation import first_on_rank_zero, load_shared_tokenizer
 from mixkd_fast.teacher import require_memory_for_layer
+from mixkd_fast.watching import watched_ranks
 
 _DTYPES: dict[StoreKind, tuple[StoreDtype, ...]] = {
     "top_k": ("fp16", "fp32"),
@@ -95,6 +97,13 @@ def teach(config: Config, options: TeachOptions, progress: bool = True) -> Taugh
     device = distributed.choose_device()
     start_distributed(device)
     distributed.share_cores(config.training.threads)
+    with watched_ranks(config.training.rank_timeout_s, "run the same command again; finished shards stay"):
+        return _teach(config, options, section, dtype, device, progress)
+
+
+def _teach(
+    config: Config, options: TeachOptions, section: Teacher, dtype: StoreDtype, device: torch.device, progress: bool
+) -> Taught:
     tokenizer = _tokenizer(config, section, options.kind)
     train = load_splits(config.task).train
     rows = first_on_rank_zero(lambda: _rows(config, train, tokenizer, options.kind))
@@ -106,7 +115,7 @@ def teach(config: Config, options: TeachOptions, progress: bool = True) -> Taugh
     with teacher.gathered_head():
         head = teacher.head()
         num_classes, width = head.weight.shape
-    candidates = min(num_classes, len(tokenizer))
+    candidates = min(num_classes, vocabulary_size(tokenizer))
     if options.kind == "top_k" and options.k > candidates:
         raise ConfigurationError(f"--k is {options.k}; allowed: 1..{candidates}, the tokenizer's vocabulary")
     k, keeps_width = (options.k if options.kind == "top_k" else None), options.kind == "hidden"
@@ -238,23 +247,33 @@ class _Pass:
             batches = EvaluationBatches(self.rows, self.batch_size, 0, 1, self.padding, chosen)
         records: dict[str, Tensor] = {}
         offsets = np.concatenate([[0], np.cumsum(self.rows.num_targets[chosen])]).astype(np.int64)
+        error: MixKDError | None = None
         for batch in self._in_step(batches):
-            found = self._records(batch)
-            if int(batch.row_ids[0]) < 0:
+            is_own = int(batch.row_ids[0]) >= 0
+            try:
+                found = self._records(batch)
+            except MixKDError as caught:
+                if not self.together:
+                    raise
+                # The other ranks' forwards need this one's share of the teacher to the end.
+                error = error or (caught if is_own else None)
                 continue
-            for name, values in self._by_row(found, batch):
+            for name, values in self._by_row(found, batch) if is_own else ():
                 _place(records, name, values, batch, chosen, offsets, self.origin.kind)
+        if error is not None:
+            raise error
         if number is not None:
             writer.write(number, offsets, records | self._row_facts(chosen))
 
     def _in_step(self, batches: Any) -> Iterator[Batch]:
-        """The batches, and idle ones until every rank has had as many."""
+        """The batches, and idle ones (row -1) until every rank has had as many."""
+        # Asked before the first forward: in between, another rank may be in a collective of its own forward.
+        most = max(distributed.gather_objects(len(batches))) if self.together else len(batches)
         yield from batches
-        if self.together:
-            for _ in range(max(distributed.gather_objects(len(batches))) - len(batches)):
-                idle = next(iter(EvaluationBatches(self.rows, 1, 0, 1, self.padding, np.zeros(1, dtype=np.int64))))
-                idle.row_ids.fill_(-1)
-                yield idle
+        for _ in range(most - len(batches)):
+            idle = next(iter(EvaluationBatches(self.rows, 1, 0, 1, self.padding, np.zeros(1, dtype=np.int64))))
+            idle.row_ids.fill_(-1)
+            yield idle
 
     def _records(self, batch: Batch) -> dict[str, Tensor]:
         """What is kept of the batch's targets, in their order, on the CPU."""

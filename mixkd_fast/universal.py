@@ -7,6 +7,7 @@ It goes when its checkpoint goes. A conversion that was killed starts again.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,15 @@ _WORTH_PROCESSES_BYTES = 2**30
 def saved_ranks(state: Path, tag: str) -> int:
     """Number of ranks whose optimizer state lies in a checkpoint's state folder; 0 if it is not cut by rank."""
     return len(list((state / tag).glob("*_optim_states.pt")))
+
+
+def model_state_files(folder: Path) -> list[Path]:
+    """The ranks' files of model states in a folder of DeepSpeed's files, in the order of the ranks."""
+
+    def numbers(path: Path) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", path.name)]
+
+    return sorted(folder.glob("*_model_states.pt"), key=numbers)
 
 
 def universal_state(checkpoint: Path, tag: str) -> Path:

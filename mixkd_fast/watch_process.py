@@ -12,6 +12,7 @@ import contextlib
 import hmac
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -170,6 +171,13 @@ class Watch:
             connection.setblocking(False)
             self._add(connection)
 
+    def _stop_listening(self) -> None:
+        """All have met: nobody else has anything to say here."""
+        if self.listener is not None:
+            self.selector.unregister(self.listener)
+            self.listener.close()
+            self.listener = None
+
     def _hear_rank(self) -> None:
         messages = self.rank.read()
         if messages is None:
@@ -202,6 +210,7 @@ class Watch:
                     peer.send({"hello": self.me})
                 peer.who = message["hello"]
                 if not self.is_server or sum(bool(other.who) for other in self.peers) == self.world - 1:
+                    self._stop_listening()
                     self.out.send({"ready": True})
             elif not peer.who:
                 self._drop(peer)
@@ -252,8 +261,16 @@ def _listener(backlog: int) -> socket.socket:
     return socket.create_server(("", 0), backlog=backlog)
 
 
+def _allow_connections() -> None:
+    """As many open connections as the system allows: rank 0's process holds one for every other rank."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
     """Watch until the rank or the run ends."""
+    _allow_connections()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # for the rank, which decides when this process ends
     # Unbuffered: what follows the first line is for the selector.

@@ -26,19 +26,19 @@ _VERDICT_S = 5.0
 
 
 @contextlib.contextmanager
-def watched_ranks(timeout_s: float | None, resume_from: str) -> Iterator[None]:
+def watched_ranks(timeout_s: float | None, what_next: str) -> Iterator[None]:
     """While this block runs, end this process soon after another rank's process or machine is gone. Collective.
 
     A rank is gone when its process has ended (by a signal, or an error that is its own), which is known at once, or
     when its machine has been silent for `timeout_s`. This rank then prints who is gone, and ends with `EXIT_CODE`.
     A rank that is only slow, or stopped by a debugger, is not gone. With one rank, or timeout_s None, nothing is
     watched; nor, after a warning, where the watching processes cannot reach each other.
-    Args: resume_from = folder of the checkpoints, for the message.
+    Args: what_next = what the user does then, for the message.
     """
     if distributed.world_size() == 1 or timeout_s is None or "MASTER_ADDR" not in os.environ:
         yield
         return
-    watch = _Watch(timeout_s, resume_from)
+    watch = _Watch(timeout_s, what_next)
     try:
         watch.start()
         yield
@@ -62,8 +62,8 @@ def watched_ranks(timeout_s: float | None, resume_from: str) -> Iterator[None]:
 class _Watch:
     """The watching process of this rank, and a thread that listens to it."""
 
-    def __init__(self, timeout_s: float, resume_from: str) -> None:
-        self._timeout_s, self._resume_from = timeout_s, resume_from
+    def __init__(self, timeout_s: float, what_next: str) -> None:
+        self._timeout_s, self._what_next = timeout_s, what_next
         self._facts: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None
         self._is_on = False
@@ -123,8 +123,8 @@ class _Watch:
                 self._facts.put(message)
                 continue
             text = (
-                f"\nerror: {message['gone']}. Rank {distributed.rank()} on {socket.gethostname()} stops too; run the "
-                f"same command with --resume to go on from the last checkpoint in {self._resume_from}\n"
+                f"\nerror: {message['gone']}. Rank {distributed.rank()} on {socket.gethostname()} stops too; "
+                f"{self._what_next}\n"
             )
             # Not through Python's streams: the main thread may hold their locks.
             os.write(2, text.encode())

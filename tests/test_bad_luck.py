@@ -9,6 +9,8 @@ import pytest
 from toy import losses, must_run, program, run, save_toy_teacher, toy_config, toy_tokenizer
 from transformers import BertConfig
 
+from mixkd_fast.folder_lock import alone_in
+
 # Writes of one process to one file end after so many bytes, as on a full disk: an error of the operating system.
 _LIMITED = (
     "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
@@ -128,3 +130,14 @@ def test_zero3_without_memory_for_one_layer_is_refused(tmp_path: Path) -> None:
 def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
     result = run(program("--config", _write(tmp_path, toy_config(tmp_path, training={"precision": "fp16"}))))
     assert result.returncode == 1 and 'training.precision = "fp16" needs a GPU' in result.stderr
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    path = _write(tmp_path, toy_config(tmp_path))
+    with alone_in(tmp_path / "run", "output.directory", "run"):
+        for more in ([], ["--resume"], ["--set", "output.overwrite=true"]):
+            result = run(program("--config", path, *more))
+            assert result.returncode == 1
+            assert "output.directory = " in result.stderr and "another run is at work there" in result.stderr
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
+    must_run(program("--config", path))

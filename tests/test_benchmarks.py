@@ -24,6 +24,7 @@ from benchmarks.cases import (
     mix_cases,
     relation_cases,
     relation_inputs,
+    short_cases,
 )
 from benchmarks.timing import Arm, Budget, WrongResult, interleave, measure, peak_bytes
 
@@ -152,12 +153,21 @@ def test_bars_of_heads() -> None:
     kept = bench_linear_kd_loss.kept_bytes(case)
     assert kept == (8192 + 128256) * 4096 * 2 + 128256 * 4096 * 4
     measured = arms(copy=1, eager=100, cuda=50)
+    in_forward = bench_linear_kd_loss.forward_kept_bytes(case)
+    assert in_forward == 8192 * 4096 * 2 + 128256 * 4096 * 4
     for arm in measured:
-        arm |= {"tflop_per_s": 700.0, "peak_bytes": kept + 2**29}
+        arm |= {"tflop_per_s": 700.0, "peak_bytes": kept + 2**29, "forward_peak_bytes": in_forward + 2**28}
     entry = {"op": "linear_kd_loss", "case": described, "kept_bytes": kept, "arms": measured}
-    found = bars([entry], {"type": "cuda", "capability": [9, 0]})
-    of_cuda = [(bar["measured"], bar["passed"]) for bar in found if bar["backend"] == "cuda"]
-    assert of_cuda == [(2.0, True), (512.0, True), (None, None), (700.0, True)]
+    entry["forward_kept_bytes"] = in_forward
+
+    def of_cuda() -> list[tuple[float | None, bool | None]]:
+        found = bars([entry], {"type": "cuda", "capability": [9, 0]})
+        return [(bar["measured"], bar["passed"]) for bar in found if bar["backend"] == "cuda"]
+
+    assert of_cuda() == [(2.0, True), (512.0, True), (None, None), (700.0, True)]
+    for arm in measured:  # A buffer as large as the weight's gradient, gone before that is made.
+        arm |= {"peak_bytes": kept, "forward_peak_bytes": in_forward + 128256 * 4096 * 2}
+    assert of_cuda()[1] == (128256 * 4096 * 2 / 2**20, False)
     slower = bars([entry], {"type": "cpu", "capability": None})
     assert {bar["passed"] for bar in slower} == {None}
 
@@ -250,19 +260,48 @@ def test_quick_run_writes_figures_table_and_plot(op: str, tmp_path: Path) -> Non
         assert timed["reference"]["peak_bytes"] > 0 and max(timed["reference"]["errors"].values()) < 1e-5
         assert all("why" in arm for arm in entry["arms"] if arm["name"] not in timed)
     table = file.with_suffix(".md").read_text()
-    assert table == render.markdown(report)
+    assert table.rstrip() == render.markdown(report).rstrip()
     assert all(entry["case"]["name"] in table for entry in report["results"])
     assert "compared with fp64" in table
     picture = xml.etree.ElementTree.parse(file.with_suffix(".svg"))
     assert picture.getroot().tag.endswith("svg")
 
 
-def test_wrong_backend_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    truth = bench_kd_loss.truth
-    monkeypatch.setattr(bench_kd_loss, "truth", lambda *arguments: tuple(1.001 * t for t in truth(*arguments)))
-    with pytest.raises(SystemExit, match=r"kd_loss: .*relative L2 error .*Nothing is reported"):
-        program.main(["kd_loss", "--quick", "--no-tests", "--json", str(tmp_path / "figures.json")])
-    assert not list(tmp_path.iterdir())
+def test_a_wrong_result_is_a_failure_of_its_case_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    truth, written = bench_kd_loss.truth, []
+    wrong = {"jsd": 1.001}
+    monkeypatch.setattr(
+        bench_kd_loss, "truth", lambda case, given: tuple(wrong.get(case.divergence, 1) * t for t in truth(case, given))
+    )
+    write = program.write_both
+    monkeypatch.setattr(program, "write_both", lambda *given: (written.append(len(given[0]["results"])), write(*given)))
+    file = tmp_path / "figures.json"
+    with pytest.raises(SystemExit, match=r"kd_loss jsd 32x2048 fp32: WrongResult: .*relative L2 error"):
+        program.main(["kd_loss", "--quick", "--tested", "12 passed", "--json", str(file)])
+    report, page = json.loads(file.read_text()), file.with_suffix(".md").read_text()
+    assert written == [1, 1, 2, 2]
+    assert [entry["case"]["name"] for entry in report["results"]] == ["forward_kl 32x2048 fp32", "MixKD loss 64x3 fp32"]
+    assert [entry["case"] for entry in report["failures"]] == ["jsd 32x2048 fp32"]
+    assert "- kd_loss, jsd 32x2048 fp32: WrongResult" in page and "Tests before timing: 12 passed." in page
+
+
+def test_cases_that_no_longer_fit_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    with pytest.raises(SystemExit, match="relation_kl 2x3x20x8 fp32: not begun within 0 s"):
+        program.main(["relation_kl", "--quick", "--no-tests", "--stop-after", "0", "--json", str(file)])
+    report = json.loads(file.read_text())
+    assert report["results"] == [] and len(report["not_run"]) == 1
+    assert "not begun within 0 s" in file.with_suffix(".md").read_text()
+
+
+def test_the_short_mode_keeps_the_cases_of_the_bars() -> None:
+    device, ours = torch.device("cuda"), {"type": "cuda", "capability": [9, 0]}
+    for of_op, count in ((kd_cases, 11), (linear_cases, 4), (mix_cases, 4), (relation_cases, 3)):
+        cases = short_cases(of_op(device, False))
+        assert len(cases) == count and set(cases) <= set(of_op(device, False))
+        assert cases[0].dtype == torch.bfloat16
+    wide = short_cases(kd_cases(device, False))[0]
+    assert bars([result(wide, copy=1.0, cuda=1.8, triton=2.1)], ours)
 
 
 def test_failing_or_absent_tests_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -289,13 +328,18 @@ def test_a_plan_beyond_its_bar_ends_with_status_1(monkeypatch: pytest.MonkeyPatc
     wall, cpu = iter([0.5, 1.1, 1.0] * 2), iter([1.2, 1.2, 1.0] * 2)
 
     def check(folder: Path, options: Any) -> dict[str, Any]:
-        return {"predicted_over_measured": next(wall), "predicted_over_measured_cpu": next(cpu)}
+        rates = {"predicted_rows_per_s": [9.0, 11.0], "measured_rows_per_s": 10.0, "measured_rows_per_cpu_s": 20.0}
+        return {"predicted_over_measured": next(wall), "predicted_over_measured_cpu": next(cpu), **rates}
 
     monkeypatch.setattr(plan_check, "check", check)
     plan_check.main(["--repeats", "3", "--json", str(tmp_path / "plan.json")])
     report = json.loads((tmp_path / "plan.json").read_text())
     assert report["median"] == 1.0 and report["within"] and len(report["runs"]) == 3
+    assert {"commit", "versions", "device"} <= set(report)
+    page = (tmp_path / "plan.md").read_text()
+    assert "| 10.0 | 9.0, 11.0 | 0.50 |" in page and "over 3 runs: 1.00 is within 15 % of 1." in page
     with pytest.raises(SystemExit, match=r"over 3 runs: 1\.20 is not within 15 % of 1"):
-        plan_check.main(["--repeats", "3", "--threads", "1"])
+        plan_check.main(["--repeats", "3", "--threads", "1", "--json", str(tmp_path / "plan.json")])
+    assert "| 20.0 | 9.0, 11.0 | 1.20 |" in (tmp_path / "plan.md").read_text()
     with pytest.raises(SystemExit):
         plan_check.main(["--repeats", "0"])

@@ -13,7 +13,7 @@ from test_cuda_kd_loss import DTYPES, SHAPES, labels_of, make, reason_to_skip
 from torch import Tensor
 
 from mixkd_fast.losses import kd_loss, linear_kd_loss
-from mixkd_fast.ops import backends
+from mixkd_fast.ops import backends, linear_chunks
 
 pytestmark = pytest.mark.skipif(reason_to_skip() is not None, reason=str(reason_to_skip()))
 MIB = 2**20
@@ -114,6 +114,44 @@ def test_dropped_rows_behind_the_last_chunk_may_hold_nan() -> None:
         loss = linear_kd_loss(**arguments, ce_weight=0.5, max_logits_mib=0.5, backend=backend)
         for name, gradient in gradients_of(loss, arguments).items():
             assert_near(gradient, expected[name], 1e-5, f"{backend}: {name}")
+
+
+def test_chunks_behind_the_last_row_that_counts_are_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """316 of 4096 rows, in chunks of 256 or all at once: what a call of one chunk cannot know without waiting."""
+    multiplied: list[int] = []
+    original = linear_chunks.products.multiply
+
+    def counted(hidden: Tensor, *others: Any) -> None:
+        multiplied.append(hidden.shape[0])
+        original(hidden, *others)
+
+    monkeypatch.setattr(linear_chunks.products, "multiply", counted)
+    arguments = on_gpu(make_heads((4096,), 2000, widths=(32, 32), hard=False))
+    keep = torch.arange(4096, device="cuda") % 13 == 0
+    arguments["labels"] = torch.where(keep, 5, -100)
+    for backend in backends_here():
+        for limit, expected in ((4, [256] * 4), (512, [4096] * 2)):
+            multiplied.clear()
+            linear_kd_loss(**arguments, max_logits_mib=limit, backend=backend).backward()
+            assert multiplied == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("logit_free", [False, True])
+def test_a_gpu_that_is_not_the_current_one(logit_free: bool) -> None:
+    """How many rows count is asked on the stream that works: the current GPU's is idle, and has nothing to say."""
+    arguments = on_gpu(make_heads((4096,), 500, widths=(32, 32)))
+    expected = gradients_of(linear_kd_loss(**arguments, ce_weight=0.5, backend="reference"), arguments)
+    moved = {name: x.detach().to("cuda:1") if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    for name in LEAVES:
+        moved[name].requires_grad_()
+    for backend in backends_here():
+        for _ in range(3):
+            with torch.cuda.device(1):
+                torch.cuda._sleep(100_000_000)
+            loss = linear_kd_loss(**moved, ce_weight=0.5, max_logits_mib=0.5, backend=backend, logit_free=logit_free)
+            for name, gradient in gradients_of(loss, moved).items():
+                assert_near(gradient, expected[name], 1e-5, f"{backend}: {name}")
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=setting_id)

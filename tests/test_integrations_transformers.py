@@ -1,5 +1,6 @@
 """`DistillTrainer`: its step is that of one big batch however the batch is cut; evaluation, saving, refusals."""
 
+import functools
 import math
 from copy import deepcopy
 from pathlib import Path
@@ -17,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertForSequenceClassi
 
 from mixkd_fast.encoder import Encoder
 from mixkd_fast.errors import ModelError
-from mixkd_fast.integrations import DistillTrainer
+from mixkd_fast.integrations import DistillTrainer, token_loss
 from mixkd_fast.integrations.mixed_rows import Fill
-from mixkd_fast.losses import KDLoss, LinearKDLoss
+from mixkd_fast.losses import KDLoss, LinearKDLoss, linear_kd_loss
 from mixkd_fast.mixing import Mixing
 
 CUTS = [(8, 1), (4, 2), (2, 4)]
@@ -93,6 +94,21 @@ def mixkd_truth(folder: Path, mixing: dict[str, Any]) -> dict[str, torch.Tensor]
     both = batch.lam * own + (1 - batch.lam) * other
     loss = loss + (kl(mixed, mixed_T) + 0.5 * both.sum()) / len(mixed)
     return cases.stepped(student.model, loss)
+
+
+def test_a_student_that_is_made_anew_for_each_run_is_the_one_that_learns(tmp_path: Path) -> None:
+    """`model_init`: what was bound to the model of before would read that one's embeddings and head."""
+    for make in (cases.mixkd_trainer, functools.partial(cases.lm_trainer, loss=cases.LM_LOSSES["linear"])):
+        once, anew = (make(tmp_path, 4, 2, made=made) for made in ("once", "anew"))
+        start = cases.weights(once.model)
+        once.train()
+        for _ in range(2):
+            before = anew.model
+            anew.train()
+            assert anew.model is not before
+            cases.assert_same_step(cases.weights(anew.model), cases.weights(once.model), start)
+        metrics = anew.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(once.evaluate()["eval_loss"], rel=1e-4)
 
 
 def test_partners_come_from_the_whole_accumulated_batch(tmp_path: Path) -> None:
@@ -278,6 +294,24 @@ def test_bf16_autocast_reaches_the_teacher(tmp_path: Path) -> None:
     assert trainer.teacher(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.dtype == torch.bfloat16
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_heads_are_multiplied_under_the_trainers_autocast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    """Else a GPU would multiply fp32 weights in fp32, at a fraction of its rate."""
+    seen = []
+
+    def spied(*arguments: Any, **more: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return linear_kd_loss(*arguments, **more)
+
+    monkeypatch.setattr(token_loss, "linear_kd_loss", spied)
+    trainer = cases.lm_trainer(tmp_path, 4, 2, LinearKDLoss(), bf16=bf16)
+    trainer.train()
+    trainer.evaluate()
+    assert len(seen) > 2 and set(seen) == {bf16}
 
 
 def test_peft_students_learn_their_adapters_alone(tmp_path: Path) -> None:

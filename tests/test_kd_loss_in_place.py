@@ -85,6 +85,9 @@ def test_leaves_and_strided_logits_are_not_overwritten(backend: str) -> None:
     kept = wide.detach().clone()
     kd_loss(wide[:, ::2], teacher, inplace=True, backend=backend)
     assert torch.equal(wide.detach(), kept)
+    for view in (student.view(-1, 50), student[1:], student.view(2, 3, 50)[1]):
+        kd_loss(view, teacher[: len(view)], inplace=True, backend=backend).backward()
+        assert torch.equal(student.detach(), before)
 
 
 def test_a_retained_graph_stays_right(backend: str) -> None:

@@ -79,6 +79,15 @@ def test_the_divisor_of_a_larger_batch(normalizer: Any) -> None:
     torch.testing.assert_close(gradients_of(given, arguments), expected)
 
 
+def test_a_divisor_in_fp64_is_not_rounded() -> None:
+    arguments = in_double(make_heads())
+    for logit_free in (False, True):
+        options: dict[str, Any] = {"divergence": "jsd", "logit_free": logit_free}
+        summed = linear_kd_loss(**arguments, **options, reduction="sum")
+        given = linear_kd_loss(**arguments, **options, normalizer=3.3)
+        torch.testing.assert_close(given, summed / 3.3, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_dropped_rows_may_hold_nan(reduction: Any) -> None:
     arguments = in_double(make_heads(rows=(4, 5)))
@@ -121,6 +130,44 @@ def test_the_teacher_builds_no_state_and_gets_no_gradient() -> None:
         arguments[name].requires_grad_()
     linear_kd_loss(**arguments).backward()
     assert all(arguments[f"teacher_{name}"].grad is None for name in ("hidden", "weight", "bias"))
+
+
+@pytest.mark.parametrize("logit_free", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_computed_in_inference_mode(reduction: Any, logit_free: bool) -> None:
+    arguments = in_double(make_heads())
+    options: dict[str, Any] = {"divergence": "jsd", "reduction": reduction, "logit_free": logit_free}
+    loss = linear_kd_loss(**arguments, **options)
+    expected = gradients_of(loss, arguments, torch.ones_like(loss))
+    with torch.inference_mode():
+        made = {name: value.clone() for name, value in arguments.items() if name.startswith("teacher")}
+    assert made["teacher_hidden"].is_inference()
+    loss = linear_kd_loss(**{**arguments, **made}, **options)
+    torch.testing.assert_close(gradients_of(loss, arguments, torch.ones_like(loss)), expected)
+
+
+@pytest.mark.parametrize("logit_free", [False, True])
+@pytest.mark.parametrize("setting", SETTINGS, ids=setting_id)
+def test_the_loss_alone_without_gradients(setting: dict[str, Any], logit_free: bool) -> None:
+    if logit_free and setting["divergence"] == "adaptive_kl":
+        pytest.skip("adaptive_kl sorts whole rows")
+    arguments = in_double(make_heads())
+    options: dict[str, Any] = {"temperature": 2.0, "ce_weight": 0.5, "logit_free": logit_free, **setting}
+    expected = linear_kd_loss(**arguments, **options).detach()
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            torch.testing.assert_close(linear_kd_loss(**arguments, **options), expected)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_bias_in_fp64_is_an_input_in_fp64(side: str) -> None:
+    arguments = make_heads()
+    name = f"{side}_bias"
+    arguments[name] = arguments[name].detach().double().requires_grad_(side == "student")
+    for logit_free in (False, True):
+        result = linear_kd_loss(**arguments, logit_free=logit_free, return_parts=True)
+        assert {value.dtype for value in result} == {torch.float64}
+        check_against_truth(arguments, "mean", 1e-6, logit_free=logit_free)
 
 
 @pytest.mark.parametrize("frozen", ["student_hidden", "student_weight", "student_bias"])

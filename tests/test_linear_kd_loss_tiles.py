@@ -1,9 +1,11 @@
 """linear_kd_loss without logits: tiles of the vocabulary, on one process and over the ranks of a process group."""
 
 import functools
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,29 @@ def test_the_graph_may_be_used_twice() -> None:
     first = gradients_of(loss, arguments)
     again = gradients_of(loss, arguments, torch.tensor(-3.0, dtype=torch.float64))
     torch.testing.assert_close(again, {name: -3 * gradient for name, gradient in first.items()})
+
+
+@pytest.mark.parametrize("name", ["teacher_hidden", "teacher_weight", "labels", "lam", "row_weights"])
+def test_whoever_changes_what_the_backward_reads_is_told(name: str) -> None:
+    arguments = make_heads()
+    loss = linear_kd_loss(**arguments, reduction="none", logit_free=True, ce_weight=0.5).sum()
+    arguments[name].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_reduced_loss_lets_go_of_the_teacher() -> None:
+    arguments = make_heads()
+    array = arguments["teacher_hidden"].numpy()
+    arguments["teacher_hidden"] = torch.from_numpy(array)
+    held = weakref.ref(array)
+    loss = linear_kd_loss(**arguments, logit_free=True)
+    del array
+    assert held() is not None
+    del arguments
+    gc.collect()
+    assert held() is None
+    loss.backward()
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", pytest.param("jsd", marks=pytest.mark.slow)])

@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from mixkd_fast.data.batching import Batch
 from mixkd_fast.data.next_tokens import IGNORED
 from mixkd_fast.distillation import Result, run_config
 from mixkd_fast.frozen_teacher import FrozenTeacher
-from mixkd_fast.methods import DPKD, Moment
+from mixkd_fast.methods import DPKD, DistiLLM2, Moment
 
 MOMENT = Moment(0, 1, 0.0)
 
@@ -85,6 +86,27 @@ def test_the_same_answers_teach_nothing() -> None:
     term = DPKD(beta=2.0).terms(batch, student, teacher_lm(), None, MOMENT)["dpkd"]
     torch.testing.assert_close(term, torch.full((8,), math.log(2.0), dtype=torch.float64))
     assert max(float(one.abs().max()) for one in gradient_of(term.sum(), student)) < 1e-9
+
+
+def test_the_same_answers_to_a_share_of_a_text_teach_nothing() -> None:
+    """Of plain text y_T and y_S both begin where the student goes on."""
+    rows, student = byte_rows(prompts=False), student_lm(258)
+    rests = [rows.row(row)[int(length * 0.5) :].tolist() for row, length in enumerate(rows.lengths)]
+    longest = max(map(len, rests))
+    copying = SimpleNamespace(
+        generate=lambda *_: torch.tensor([rest + [257] * (longest - len(rest)) for rest in rests])
+    )
+    for method in (DPKD(beta=2.0), DistiLLM2()):
+        extras = method.build(setting_of(rows))
+        batch = method.prepare_batch(byte_batch(rows), copying, teacher_lm(258), extras, MOMENT)
+        assert batch.companion is not None
+        for name in ("input_ids", "labels", "prompt_lengths"):
+            assert torch.equal(getattr(batch, name), getattr(batch.companion, name)), name
+        assert (batch.labels != IGNORED).sum(1).tolist() == [len(rest) for rest in rests]
+        if isinstance(method, DPKD):
+            batch.mean_targets = 5.0
+            term = method.terms(batch, student, teacher_lm(258), extras, MOMENT)["dpkd"]
+            torch.testing.assert_close(term, torch.full((8,), math.log(2.0), dtype=torch.float64))
 
 
 def test_far_apart_answers_stay_finite() -> None:
@@ -183,6 +205,7 @@ def test_a_students_answer_serves_for_some_steps() -> None:
     for extras in (first, second):
         last = written(extras, 3, 9, [3, 4])
         assert last[4] == later[4] and last[3] != early[3]
+        assert sorted(extras.written) == [3, 4], "what is too old to be used again goes"
     each = method.model_copy(update={"write_every": 1}).build(setting_of(rows))
     assert written(each, 0, 1, [2, 3]) == early
 

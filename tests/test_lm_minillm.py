@@ -1,6 +1,7 @@
 """MiniLLM: its gradient against all answers written out, its sampler, and runs of the real program."""
 
 import itertools
+import json
 import math
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from toy import losses, records
+from toy import losses, must_run_ranks, records
 from toy_lm import (
     FAMILIES,
     batch_of,
@@ -235,6 +236,15 @@ def test_answers_are_drawn_from_the_mixture(share: float) -> None:
     for answer, probability in expected.items():
         found = float((drawn == torch.tensor(answer)).all(1).double().mean())
         assert found == pytest.approx(probability, abs=4.5 * (probability * (1 - probability) / count) ** 0.5)
+
+
+def test_ranks_whose_prompts_leave_unlike_room_go_on_together(tmp_path: Path) -> None:
+    """Partitioned models want every rank in every forward, also one that has no position left."""
+    must_run_ranks(2, str(tmp_path), script="tests/workers/unequal_rooms.py", timeout=60)
+    for rank, room in ((0, 2), (1, 9)):
+        for way, (partitioned, whole) in json.loads((tmp_path / f"{rank}.json").read_text()).items():
+            assert partitioned == whole, way
+            assert [len(row) for row in whole] == [room] * 2
 
 
 def test_a_batch_becomes_answers_with_text_beside_them() -> None:

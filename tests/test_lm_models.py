@@ -162,3 +162,33 @@ def test_generation_stops_where_positions_end() -> None:
     assert generated(CausalLM(tiny_lm(max_position_embeddings=width + 4)), Sampling(max_new_tokens=50)).shape[1] <= 4
     with pytest.raises(ModelError, match="leaves the model no position"):
         generated(CausalLM(tiny_lm(max_position_embeddings=width)), Sampling(max_new_tokens=5))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 50.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 4},
+        {"min_new_tokens": 6},
+        {"min_p": 0.9},
+        {"typical_p": 0.01},
+        {"return_dict_in_generate": True},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_a_repository_recommends_is_not_what_is_drawn(own: dict[str, Any], temperature: float) -> None:
+    lm, ids = CausalLM(tiny_lm()), torch.arange(1, 9)[None]
+
+    def answer() -> list[int]:
+        options = Sampling(max_new_tokens=8, temperature=temperature)
+        every_second = torch.arange(0, 258, 2)
+        answer: list[int] = lm.generate(ids, torch.ones_like(ids), options, 0, every_second, 257)[0].tolist()
+        return answer
+
+    plain, settings = answer(), lm.model.generation_config
+    for name, value in own.items():
+        setattr(settings, name, value)
+    assert answer() == plain
+    assert lm.model.generation_config is settings and {name: getattr(settings, name) for name in own} == own

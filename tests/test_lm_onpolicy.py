@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from toy_lm import byte_batch, byte_rows, rows_of, setting_of, tiny_lm
+from transformers import PreTrainedTokenizerFast
 
 from mixkd_fast.causal_lm import CausalLM
 from mixkd_fast.data.batching import Batch
@@ -252,3 +254,31 @@ def test_writing_trains_nothing_and_leaves_modes_alone(method: Any) -> None:
     assert all(parameter.grad is None for parameter in student.parameters())
     tensors = [value for value in vars(first).values() if isinstance(value, Tensor)]
     assert not list(extras.parameters()) and not any(tensor.requires_grad for tensor in tensors)
+
+
+@pytest.mark.parametrize("limit", [16, 64])
+@pytest.mark.parametrize("others", [True, False])
+def test_a_prompt_that_fills_max_length_is_not_answered(limit: int, others: bool) -> None:
+    """As a stream of instructions has them; whether the model has positions for more or not."""
+    texts = [(list(range(16)), 16), ([1, 2, 3, EOS], 2)]
+    rows = rows_of(texts if others else texts[:1] * 2, 16)
+    batch = written(rows, student_lm(max_position_embeddings=limit))
+    assert batch.input_ids.shape[1] <= 16 and batch.row_lengths is not None and int(batch.row_lengths.max()) <= 16
+    assert [bool(row.any()) for row in batch.labels != IGNORED] == [False, others]
+    method = gkd()
+    term = method.terms(batch, student_lm(), teacher_lm(), None, Moment(0, 1, 0.0))["kd"].detach()
+    assert [bool(value > 0) for value in term] == [False, others]
+
+
+def test_every_token_of_a_vocabulary_with_gaps_can_be_written() -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = {piece: number for number, piece in enumerate(alphabet)} | {"<eos>": 300, "<pad>": 301}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(pieces, [])), eos_token="<eos>", pad_token="<pad>"
+    )
+    assert len(tokenizer) < 300
+    rows, student = byte_rows(), CausalLM(tiny_lm("phi", 304, seed=1)).double()
+    student.model.get_output_embeddings().bias.data[300] = 1e3
+    writer = Writer(replace(setting_of(rows), tokenizer=tokenizer), gkd())
+    batch = writer.write(byte_batch(rows), student.generate, STUDENT, 0)
+    assert batch.labels[batch.labels != IGNORED].tolist() == [300] * 8, "each ends at once"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from toy import losses, must_run_ranks, records
 from toy_lm import language_config
 
+from mixkd_fast.checkpoint import write_manifest
 from mixkd_fast.configuration import Config, validate
 from mixkd_fast.distillation import run_config
 
@@ -28,13 +29,10 @@ def run(config: dict[str, Any], resume: bool = False) -> Any:
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
-    """The replay buffer's part of a checkpoint of one rank."""
-    (path, *_) = sorted((checkpoint / "state" / "engine").glob("*mp_rank_00_model_states.pt"))
-    module = torch.load(path, weights_only=False)["module"]
-    found = [value for name, value in module.items() if name.startswith("extras.") and name.endswith("_extra_state")]
-    states = [state for state in found if "phi" in state]
-    assert len(states) == 1
-    state: dict[str, Any] = states[0]
+    """The replay buffer's part of a checkpoint."""
+    states = torch.load(checkpoint / "state" / "extra_states.pt", weights_only=False)
+    assert list(states) == ["extras"] and "phi" in states["extras"]
+    state: dict[str, Any] = states["extras"]
     return state
 
 
@@ -91,6 +89,46 @@ def resume_at(step: int, config: dict[str, Any], checkpoints: dict[int, Path]) -
     for later in [path for number, path in checkpoints.items() if number > step]:
         shutil.rmtree(later)
     run(config, resume=True)
+
+
+def test_two_ranks_resume_on_one(tmp_path: Path) -> None:
+    """phi and the buffer stay, at stages whose states are cut by rank, and with adapters."""
+    whole = language_config(tmp_path, instruct=True, method=EAGER, task={"generation_rows": 0})
+    whole["training"] |= {"steps": 8, "keep_checkpoints": 9, **WORSE} | {"checkpoint_every": 4}
+    runs = []
+    for stage, student in ((2, {}), (3, {"lora": {"r": 4, "merge": True}})):
+        run_of_stage = {**whole, "deepspeed": {"zero_optimization": {"stage": stage}}}
+        run_of_stage |= {"student": whole["student"] | student, "output": {"directory": str(tmp_path / f"run{stage}")}}
+        runs.append(run_of_stage)
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    must_run_ranks(2, str(tmp_path / "runs.json"), script="tests/workers/distill_runs.py")
+    for config in runs:
+        folder = Path(config["output"]["directory"])
+        checkpoints = {int(path.name[5:]): path for path in (folder / "checkpoints").glob("step-*")}
+        middle, end, course = state_of(checkpoints[4]), state_of(checkpoints[8]), losses(folder)
+        assert middle["phi"] == 1.0 and not torch.equal(middle["tokens"], end["tokens"])
+        resume_at(4, config, checkpoints)
+        assert losses(folder) == pytest.approx(course, rel=1e-4)
+        again = state_of(checkpoints[8])
+        assert torch.equal(again["tokens"], end["tokens"]) and again["phi"] == end["phi"]
+
+
+def test_a_checkpoint_with_these_states_among_the_weights_is_read(tmp_path: Path) -> None:
+    config = language_config(tmp_path, "whole", instruct=True, method=EAGER, task={"generation_rows": 0})
+    config["training"] |= {"steps": 6, "keep_checkpoints": 9, **WORSE} | {"checkpoint_every": 3}
+    run(config)
+    checkpoints = {int(path.name[5:]): path for path in (tmp_path / "whole" / "checkpoints").glob("step-*")}
+    course, apart = losses(tmp_path / "whole"), checkpoints[3] / "state" / "extra_states.pt"
+    (file,) = (checkpoints[3] / "state" / "engine").glob("*model_states.pt")
+    states, content = torch.load(apart, weights_only=False), torch.load(file, weights_only=False)
+    assert not any(name.endswith("_extra_state") for name in content["module"])
+    content["module"]["extras._extra_state"] = states["extras"]
+    torch.save(content, file)
+    apart.unlink()
+    manifest = json.loads((checkpoints[3] / "manifest.json").read_text())
+    write_manifest(checkpoints[3], {name: manifest[name] for name in ("step", "state")})
+    resume_at(3, config, checkpoints)
+    assert losses(tmp_path / "whole") == course
 
 
 def test_a_resumed_distillm2_has_its_teachers_answers(tmp_path: Path) -> None:

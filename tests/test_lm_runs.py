@@ -13,7 +13,8 @@ from toy import losses, records
 from toy_lm import byte_tokenizer, language_config, save_lm, sentences, tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixkd_fast.cli_evaluate import evaluate_saved
+from mixkd_fast.causal_lm import CausalLM, Head
+from mixkd_fast.cli_evaluate import evaluate_saved, main
 from mixkd_fast.compare import compare
 from mixkd_fast.configuration import Config, validate
 from mixkd_fast.distillation import Result, distill, run_config
@@ -93,6 +94,50 @@ def test_a_saved_student_is_evaluated_alike(instructed: tuple[Path, dict[str, An
     task = validate(Config, config).task
     found = evaluate_saved(folder / "run" / "student", task)["validation"][0].metrics
     assert found == pytest.approx(result.metrics["validation"], rel=1e-5)
+
+
+def test_drawn_answers_are_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`evaluate` draws from the run's seed; neither draws a class beyond the tokenizer's, which training never does."""
+    calls: list[tuple[int, int]] = []
+    generate = CausalLM.generate
+
+    def recorded(self: CausalLM, *arguments: Any) -> torch.Tensor:
+        calls.append((arguments[3], arguments[6]))
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(CausalLM, "generate", recorded)
+    save_lm(tmp_path / "padded", vocab_size=272)
+    config = language_config(tmp_path, instruct=True, method={"name": "finetune"}, teacher=None)
+    config["student"] = {"model": str(tmp_path / "padded")}
+    config["task"]["generation"] |= {"temperature": 1.0}
+    config["training"] |= {"steps": 1, "evaluate_every": 1, "seed": 7}
+    result = run(config)
+    of_the_run = list(calls)
+    capsys.readouterr()
+    assert main([str(tmp_path / "run" / "student")]) == 0
+    assert calls[len(of_the_run) :] == of_the_run and {tokens for _, tokens in calls} == {258}
+    found = json.loads(capsys.readouterr().out)["validation"]
+    assert found == pytest.approx(result.metrics["validation"], rel=1e-5)
+
+
+def test_a_partitioned_teacher_with_an_unknown_head_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = CausalLM.head
+
+    def other(self: CausalLM) -> Head:
+        found = head(self)
+        return found._replace(scale=2.0) if self.config.model_type == "gpt2" else found
+
+    monkeypatch.setattr(CausalLM, "head", other)
+    save_lm(tmp_path / "strange", "gpt2")
+    save_lm(tmp_path / "student")
+    teacher = {"model": str(tmp_path / "strange"), "zero_stage": 3}
+    config = language_config(
+        tmp_path, teacher=teacher, student={"model": str(tmp_path / "student"), "num_layers": None}
+    )
+    with pytest.raises(ModelError, match="GPT2LMHeadModel cannot be used: its logits are not"):
+        run(config)
 
 
 def test_what_people_read(instructed: tuple[Path, dict[str, Any], Result]) -> None:

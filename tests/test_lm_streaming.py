@@ -15,6 +15,7 @@ from mixkd_fast.configuration import Config, Task, validate
 from mixkd_fast.data.language_tokens import tokenize_language_rows
 from mixkd_fast.data.prompts import PromptStyle
 from mixkd_fast.distillation import run_config
+from mixkd_fast.errors import DataError
 
 
 def _tokens(columns: dict[str, Any], max_length: int) -> Any:
@@ -69,6 +70,11 @@ def test_a_streamed_run_learns_and_resumes_at_the_row(streamed: dict[str, Any], 
         for path in sorted((folder / "checkpoints" / name).rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
         (folder / "checkpoints" / name).rmdir()
+    extra = tmp_path / "corpus" / "3.parquet"
+    pq.write_table(pa.Table.from_pylist([{"text": text} for text in sentences(16, 3)]), extra)
+    with pytest.raises(DataError, match=r"those of the task are others .* a file was changed, added or taken away"):
+        _losses(again, resume=True)
+    extra.unlink()
     assert _losses(again, resume=True) == whole
 
 
@@ -103,9 +109,20 @@ def test_the_loss_is_a_mean_over_the_tokens_of_all_micro_batches(streamed: dict[
 
 
 def test_instructions_stream(tmp_path: Path) -> None:
+    """Also where some files, and blocks of files, have no input."""
     config = language_config(tmp_path, instruct=True)
-    lines = "".join(json.dumps(row) + "\n" for row in instructions(40))
-    (tmp_path / "many.jsonl").write_text(lines)
-    config["task"] |= {"train_files": [str(tmp_path / "many.jsonl")], "streaming": True}
-    config["training"] |= {"steps": 3, "evaluate_every": 3}
+    rows: list[dict[str, str]] = instructions(40)
+    for number, row in enumerate(rows):
+        if number >= 20:
+            del row["input"]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:30]))
+    pq.write_table(pa.Table.from_pylist(rows[30:]), tmp_path / "many.parquet")
+    config["task"] |= {"train_files": [str(tmp_path / "many.*")], "streaming": True}
+    config["training"] |= {"steps": 5, "evaluate_every": 5}
     assert all(np.isfinite(_losses(config)))
+    asked = [row | {"about": ""} for row in instructions(4)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    columns = {"prompt_column": "instruction", "input_column": "about", "response_column": "output"}
+    config["task"] |= {"evaluation_files": {"validation": [str(tmp_path / "asked.jsonl")]}, **columns}
+    with pytest.raises(DataError, match=r'no file of task.train_files has a column "about" \(task.input_column\)'):
+        _losses(config | {"output": {"directory": str(tmp_path / "other")}})

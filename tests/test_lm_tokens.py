@@ -181,6 +181,26 @@ def test_columns_are_found() -> None:
         load_splits(task_of(), Dataset.from_dict({"a": ["x"]}), Dataset.from_dict({"a": ["x"]}))
 
 
+def test_text_beside_instructions_is_not_guessed() -> None:
+    """As in tatsu-lab/alpaca, whose text holds instruction and answer."""
+    rows = Dataset.from_dict({"instruction": ["a"], "input": [""], "output": ["x"], "text": ["a x"]})
+    with pytest.raises(DataError, match=r'Set task\.text_column = "text" .* or task\.prompt_column and task\.response'):
+        load_splits(validate(Task, {"kind": "causal_lm"}, "task"), rows, rows)
+    for given, columns in (
+        ({"text_column": "text"}, ["text", "row"]),
+        ({"prompt_column": "instruction", "response_column": "output"}, ["prompt", "input", "response", "row"]),
+    ):
+        splits = load_splits(validate(Task, {"kind": "causal_lm", **given}, "task"), rows, rows)
+        assert splits.train.column_names == columns
+
+
+def test_a_template_without_a_place_for_the_input_is_refused() -> None:
+    style = PromptStyle.of(Task(kind="causal_lm", prompt_template="Q: {prompt}\nA: "))
+    assert style.pair(None, "why?", " ", "so") == ("Q: why?\nA: ", "so")
+    with pytest.raises(DataError, match=r"task\.prompt_template has no \{input\}, and the row .* 'why\?' has an input"):
+        style.pair(None, "why?", "rain", "so")
+
+
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("one line\n\nand another\n")

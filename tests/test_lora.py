@@ -192,3 +192,20 @@ def test_a_base_that_is_nowhere_needs_merge(tmp_path: Path) -> None:
     fields = lora_config(tmp_path, student={"config": shape, "lora": {"merge": True}})
     del fields["student"]["model"]
     assert distill(**fields, progress=False).student.config.num_hidden_layers == 2
+
+
+def test_the_adapters_name_the_revision_of_their_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[str, Any]] = []
+    plain = AutoModelForCausalLM.from_pretrained
+
+    def spy(name: Any, **options: Any) -> Any:
+        loaded.append((Path(name).name, options.get("revision")))
+        return plain(name, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+    # A folder has no revisions, and does not mind one being named.
+    config = lora_config(tmp_path, student={"revision": "v1"}, training={"steps": 1, "evaluate_every": 1})
+    result = distill(**config, progress=False)
+    saved = json.loads((result.directory / "student" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "base") and saved["revision"] == "v1"
+    assert loaded[-1] == ("student", "v1")

@@ -102,6 +102,12 @@ def test_the_normalizer_makes_micro_batches_add_up_to_the_whole_batch() -> None:
     assert not torch.allclose(naive, kd_loss(student, teacher, labels))
 
 
+def test_a_normalizer_is_not_rounded_to_fp32() -> None:
+    student, teacher = (torch.randn(4, 7, dtype=torch.float64) for _ in range(2))
+    expected = kd_loss(student, teacher, reduction="sum") / 3.3
+    torch.testing.assert_close(kd_loss(student, teacher, normalizer=3.3), expected, rtol=1e-14, atol=0)
+
+
 def test_a_normalizer_of_0_gives_0() -> None:
     student, teacher, labels, *_ = mixed_batch()
     for normalizer in (0, torch.tensor(0)):

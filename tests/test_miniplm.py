@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from mixkd_fast.cli import main
 from mixkd_fast.configuration import Config, validate
+from mixkd_fast.data.loading import load_splits
 from mixkd_fast.distillation import run_config
 from mixkd_fast.errors import ConfigurationError, DataError
 from mixkd_fast.methods import MiniPLM
 from mixkd_fast.methods.base import RowScores
 from mixkd_fast.methods.miniplm import difference_sampling
 from mixkd_fast.offline.reading import OfflineStore
+from mixkd_fast.offline_preparation import scores_of
 from mixkd_fast.teaching import TeachOptions, teach
 
 NUM_ROWS = 48
@@ -149,17 +151,28 @@ def test_other_texts_and_other_kinds_are_refused(
         run_config(validate(Config, used | {"output": {"directory": str(tmp_path / "run3")}}), progress=False)
 
 
+def test_instructions_that_were_written_otherwise_are_not_compared(tmp_path: Path) -> None:
+    config = language_config(tmp_path, instruct=True)
+    for name, template in (("teacher", "Q: {prompt} {input}\nA: "), ("reference", "{prompt} {input} = ")):
+        config["task"]["prompt_template"] = template
+        teach(validate(Config, config), TeachOptions("nll", tmp_path / f"{name}_nll"), progress=False)
+    texts = load_splits(validate(Config, config).task).train
+    method = MiniPLM(teacher_nll=str(tmp_path / "teacher_nll"), reference_nll=str(tmp_path / "reference_nll"))
+    with pytest.raises(DataError, match="prompt_template"):
+        method.choose_rows(scores_of(texts))
+
+
 def test_the_choice() -> None:
     rows = np.array([3, 4, 7, 9, 12])
-    teacher = RowScores(rows, np.array([1.0, 2.0, 1.0, 3.0, 2.0]), ("t", 8))
-    reference = RowScores(rows, np.array([2.0, 2.0, 2.0, 3.5, 5.0]), ("t", 8))
+    teacher = RowScores(rows, np.array([1.0, 2.0, 1.0, 3.0, 2.0]), ("t", 8, "rows"))
+    reference = RowScores(rows, np.array([2.0, 2.0, 2.0, 3.5, 5.0]), ("t", 8, "rows"))
     choice = difference_sampling(teacher, reference, 0.4)
     assert choice.scores.tolist() == [1.0, 0.0, 1.0, 0.5, 3.0]
     assert rows[choice.kept].tolist() == [3, 12], "of equal scores the earlier row, in the order of the corpus"
     assert rows[difference_sampling(teacher, reference, 0.01).kept].tolist() == [12]
     assert difference_sampling(teacher, reference, 1.0).kept.all()
     with pytest.raises(DataError, match="another tokenizer or max_length"):
-        difference_sampling(teacher, reference._replace(read_by=("t", 16)), 0.5)
+        difference_sampling(teacher, reference._replace(read_by=("t", 16, "rows")), 0.5)
     method = MiniPLM(teacher_nll="a", reference_nll="b")
     assert method.ratio == 0.5 and not method.needs_teacher
     asked: list[str] = []

@@ -1,7 +1,6 @@
 """The offline teacher store: it equals the live teacher, survives kills and damage, and fits or is refused."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,19 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy import ROOT, environment, free_port, losses, must_run, records
+from toy import ROOT, environment, losses, must_run, must_run_ranks, records, run_ranks
 from toy import run as run_command
-from toy_lm import byte_tokenizer, language_config, save_lm, sentences, write_lines
+from toy_lm import byte_tokenizer, language_config, save_lm, sentences, tiny_lm, write_lines
 
 from mixkd_fast.cli import main
 from mixkd_fast.configuration import Config, validate
 from mixkd_fast.distillation import run_config
 from mixkd_fast.errors import ConfigurationError, DataError, MixKDError
-from mixkd_fast.offline.manifest import MANIFEST, WRITING
+from mixkd_fast.offline.manifest import MANIFEST, WRITING, Origin
 from mixkd_fast.offline.reading import OfflineStore
+from mixkd_fast.offline.records import MOST_TARGETS, shard_cuts
+from mixkd_fast.offline.writing import StoreWriter
 from mixkd_fast.teaching import Taught, TeachOptions, teach
 
 VOCABULARY = 258
+TEACH = "mixkd_fast/cli_teach.py"
 
 
 def run(config: dict[str, Any]) -> Any:
@@ -148,21 +150,78 @@ def test_a_resumed_store_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert main(["store", str(killed), "--verify"]) == 0
 
 
+def teach_command(config: dict[str, Any], folder: Path, *options: str) -> list[str]:
+    """The arguments of `mixkd-fast teach` for a configuration, small top_k shards."""
+    (folder / "config.json").write_text(json.dumps(config))
+    return ["--config", str(folder / "config.json"), "--kind", "top_k", "--k", "4", "--shard-mib", "0.0035", *options]
+
+
 def test_two_ranks_write_the_same_store(tmp_path: Path) -> None:
-    config = config_in(tmp_path, instruct=True)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    common = ["--config", str(tmp_path / "config.json"), "--kind", "top_k", "--k", "4", "--shard-mib", "0.003"]
-    must_run([sys.executable, "-m", "mixkd_fast.cli", "teach", *common, "--output", str(tmp_path / "one")])
-    deepspeed = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_gpus", "2"]
-    launch = [*deepspeed, "--master_port", str(free_port()), "--module", "mixkd_fast.cli_teach", *common]
-    must_run([*launch, "--output", str(tmp_path / "two")])
-    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
-    assert len(one) > 3 and one == two
-    must_run([*launch, "--output", str(tmp_path / "parts"), "--set", "teacher.zero_stage=3"])
-    parts, whole = OfflineStore(tmp_path / "parts", "x"), OfflineStore(tmp_path / "one", "x")
-    everything = np.arange(whole.origin.num_rows)
-    for name, values in whole.rows(everything).items():
+    """Shards of several batches, unequally many, and one rank without a shard at the end."""
+    config = config_in(tmp_path, instruct=True, training={"evaluation_batch_size": 2})
+    one = taught(config, tmp_path / "one", "top_k", k=4, shard_mib=0.0035).store
+    assert one.origin.num_shards % 2 == 1 and one.origin.num_shards > 3
+    sizes = np.diff(one.origin.shard_rows)
+    assert (-(-sizes // 2)).max() > (-(-sizes // 2)).min() and sizes.max() > 4
+    command = teach_command(config, tmp_path)
+    must_run_ranks(2, *command, "--output", str(tmp_path / "two"), script=TEACH)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    parted = ["--output", str(tmp_path / "parts"), "--set", "teacher.zero_stage=3"]
+    must_run_ranks(2, *command, *parted, script=TEACH, timeout=100)
+    parts = OfflineStore(tmp_path / "parts", "x")
+    everything = np.arange(one.origin.num_rows)
+    for name, values in one.rows(everything).items():
         torch.testing.assert_close(parts.rows(everything)[name], values)
+
+
+def test_a_row_that_one_rank_cannot_keep_ends_all_of_them(tmp_path: Path) -> None:
+    """Of a partitioned teacher the others are in the middle of their forwards then."""
+    config = config_in(tmp_path, training={"evaluation_batch_size": 2}, teacher={"zero_stage": 3})
+    texts = sentences(64)
+    texts[0] = "\x07" + texts[0]
+    config["task"]["train_files"] = [write_lines(tmp_path / "bell.jsonl", [{"text": text} for text in texts])]
+    model = tiny_lm(seed=3)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[byte_tokenizer()("\x07").input_ids[0]] = float("nan")
+    model.save_pretrained(tmp_path / "teacher")
+    command = teach_command(config, tmp_path, "--output", str(tmp_path / "store"))
+    failed = run_ranks(2, *command, script=TEACH, timeout=100)
+    assert failed.returncode == 1 and "gives log_mass that are not finite" in failed.stderr, failed.stderr
+    assert "free space" not in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_an_output_that_ranks_do_not_share_is_refused(tmp_path: Path) -> None:
+    command = teach_command(config_in(tmp_path), tmp_path, "--output", "store")
+    failed = run_ranks(2, "apart", str(tmp_path), *command, script="tests/workers/teach_ranks.py", timeout=100)
+    assert failed.returncode == 1, failed.stderr
+    assert "error: --output = 'store': rank 1 on " in failed.stderr and "all machines share" in failed.stderr
+    assert not (tmp_path / "0" / "store" / MANIFEST).exists()
+
+
+def test_a_lost_rank_ends_the_others(tmp_path: Path) -> None:
+    command = teach_command(config_in(tmp_path), tmp_path, "--output", str(tmp_path / "store"))
+    failed = run_ranks(2, "lost", str(tmp_path), *command, script="tests/workers/teach_ranks.py", timeout=100)
+    assert failed.returncode == 75, failed.stderr
+    assert "ended without a word. Rank 0 on " in failed.stderr
+    assert "stops too; run the same command again; finished shards stay" in failed.stderr
+
+
+def test_no_manifest_without_all_shards(tmp_path: Path) -> None:
+    origin = Origin("nll", "fp32", "t", "h", "fp32", "k", "c", "r", 8, 2, 2, 10, (0, 1, 2))
+    writer = StoreWriter(tmp_path / "store", origin)
+    assert writer.begin() == [0, 1]
+    rows = {"nll": torch.ones(1), "tokens": torch.ones(1).long(), "source_rows": torch.zeros(1).long()}
+    writer.write(1, np.array([0, 1]), rows)
+    with pytest.raises(DataError, match=r"shard-00000.safetensors \(1 of 2 shards\) went away"):
+        writer.finish(None)
+    assert not (tmp_path / "store" / MANIFEST).exists() and StoreWriter(tmp_path / "store", origin).begin() == [0]
+
+
+def test_shards_end_after_so_many_bytes_or_targets() -> None:
+    assert shard_cuts(np.array([10, 10, 10, 50, 10]), 4, 170) == (0, 2, 3, 4, 5)
+    # Sums of a row take no bytes a target; these rows are three million targets.
+    assert shard_cuts(np.full(6, MOST_TARGETS // 2), 0, 2**28) == (0, 2, 4, 6)
+    assert shard_cuts(np.array([2 * MOST_TARGETS, 1]), 0, 2**28) == (0, 1, 2)
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
@@ -254,9 +313,6 @@ def test_a_full_disk_leaves_finished_shards(tmp_path: Path) -> None:
 
 def test_reading_maps_files_and_loads_none(tmp_path: Path) -> None:
     """The memory of a process that opens a large store and reads a row grows by far less than the store."""
-    from mixkd_fast.offline.manifest import Origin
-    from mixkd_fast.offline.writing import StoreWriter
-
     rows, width = 96, 65536  # 96 rows of 4 targets, 512 KiB each in bf16: 192 MiB
     cuts = (0, 32, 64, 96)
     origin = Origin("hidden", "bf16", "t", "h", "bf16", "k", "c", "r", 8, rows, rows * 4, 10, cuts, width=width)
@@ -269,6 +325,7 @@ def test_reading_maps_files_and_loads_none(tmp_path: Path) -> None:
 import resource, sys
 import numpy as np, psutil
 from mixkd_fast.offline.reading import OfflineStore
+from mixkd_fast.offline.records import MOST_TARGETS, shard_cuts
 process = psutil.Process()
 before = process.memory_info().rss
 store = OfflineStore(sys.argv[1], "x")

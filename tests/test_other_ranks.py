@@ -35,6 +35,14 @@ ALL = [
 ]
 
 
+def test_files_of_model_states_are_in_the_order_of_the_ranks(tmp_path: Path) -> None:
+    """Fragments of frozen parameters are joined in this order."""
+    names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(12)]
+    for name in (*reversed(names), "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in universal.model_state_files(tmp_path)] == names
+
+
 def _config(folder: Path, case: str, output: str) -> dict[str, Any]:
     """Both halves of the run matter: large weight decay in one group only, warm-up, moments that are far from 0."""
     sections = CASES[case]

@@ -1,24 +1,30 @@
 """`mixkd-fast plan` for causal language models: products, rows, the 70B example, and what moves where."""
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from linear_cases import make_heads
+from test_configs import CONFIGS
+from test_linear_kd_loss_kernels import peak_of
 from torch.utils.flop_counter import FlopCounterMode
-from toy import ROOT
-from toy_lm import FAMILIES, language_config, tiny_lm
+from toy import ROOT, save_toy_teacher, toy_config
+from toy_lm import FAMILIES, language_config, sentences, tiny_lm, write_lines
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from mixkd_fast import cli_plan
 from mixkd_fast.configuration import Config, load_config, validate
 from mixkd_fast.errors import ConfigurationError, ModelError
 from mixkd_fast.planning.decoders import DecoderShape, decoder_attention_flops, decoder_flops, head_flops
+from mixkd_fast.planning.language_memory import loss_bytes
 from mixkd_fast.planning.lengths import row_lengths
 from mixkd_fast.planning.memory import Placement, RankMemory
 from mixkd_fast.planning.plan import Plan, make_plan
+from mixkd_fast.planning.row_lengths import LARGEST_FILES_BYTES
+from mixkd_fast.teaching import TeachOptions, teach
 
 LARGE = ROOT / "configs" / "lm_70b.json"
 
@@ -33,7 +39,7 @@ def test_forward_flops_are_those_pytorch_counts(family: str) -> None:
     # PyTorch counts the scores of all pairs, the plan those that a causal kernel computes.
     attention = decoder_attention_flops(shape, [11] * 3)
     assert attention == 4 * 3 * 66 * shape.attention_size * shape.num_layers
-    whole = decoder_flops(shape, [11] * 3) - attention + attention * 121 / 66 + head_flops(shape, 33)
+    whole = decoder_flops(shape, [11] * 3) - attention + attention * 121 / 66 + head_flops(shape.head_parameters, 33)
     assert whole == counter.get_total_flops()
 
 
@@ -61,11 +67,92 @@ def test_rows_are_the_tasks_own(tmp_path: Path) -> None:
     answers = row_lengths(validate(Config, language_config(tmp_path, instruct=True)))
     # "Q: colour of apple? the apple\nA: " and "it is red" with its end.
     assert answers.num_rows == 64 and answers.mean < 48 and 0.2 < answers.target_share < 0.4
-    text = tmp_path / "large.jsonl"
-    text.write_text(json.dumps({"text": "a"}) + "\n")
+    large = tmp_path / "large.jsonl"
+    with large.open("w") as file:  # a hole takes no space on disk
+        file.truncate(LARGEST_FILES_BYTES + 1)
+    unread = {**language_config(tmp_path)["task"], "train_files": [str(large)]}
+    assumed = row_lengths(validate(Config, {**language_config(tmp_path), "task": unread}))
+    assert assumed.mean == 48 and assumed.num_rows is None and "assumed" in assumed.source
     hub = {"kind": "causal_lm", "hub": "someone/texts", "max_length": 512}
     assumed = row_lengths(validate(Config, {**language_config(tmp_path), "task": hub}))
     assert assumed.mean == 512 and assumed.num_rows is None and "assumed" in assumed.source
+
+
+def test_streamed_rows_are_measured_as_they_are_streamed(tmp_path: Path) -> None:
+    for number in range(3):
+        write_lines(tmp_path / f"part-{number}.jsonl", [{"text": text} for text in sentences(100, number)])
+    fields = language_config(tmp_path)
+    fields["task"] |= {"train_files": [str(tmp_path / "part-*.jsonl")], "streaming": True}
+    streamed = row_lengths(validate(Config, fields))
+    documents = [min(48, len(text.encode()) + 1) for number in range(3) for text in sentences(100, number)]
+    assert streamed.num_rows == 300 and "300 of 300 streamed rows" in streamed.source
+    assert streamed.mean == pytest.approx(np.mean(documents)), "not packed: a document is a row"
+    words = toy_config(tmp_path, teacher={"model": str(save_toy_teacher(tmp_path / "bert"))})
+    words["task"] |= {"train_files": [str(tmp_path / "train*.jsonl")], "streaming": True}
+    words["task"] |= {"label_names": ["bad", "good"]}
+    (tmp_path / "train_text.jsonl").unlink()
+    assert row_lengths(validate(Config, words)).num_rows == 96
+
+
+def test_a_store_answers_in_the_teachers_place(tmp_path: Path) -> None:
+    fields = language_config(tmp_path, instruct=True)
+    with_model = make_plan(validate(Config, fields), ["H100"], [1])
+    taught = teach(validate(Config, fields), TeachOptions("hidden", tmp_path / "store"), progress=False)
+    student = tiny_lm(num_hidden_layers=1).config.to_dict()
+    described = {"teacher": {"offline": str(tmp_path / "store")}, "plan": {"student": student}}
+    described["student"] = {"model": "someone/student", "tokenizer": str(tmp_path / "teacher")}
+    stored = make_plan(validate(Config, fields | described), ["H100"], [1])
+    assert stored.teacher is None and stored.placement == Placement(0, "none", None)
+    head = (tmp_path / "store" / "head.safetensors").stat().st_size
+    work = stored.devices[0].counts[0].work
+    assert work is not None and work.teacher_clean_share == 0.0 and work.teacher_rows == 0
+    beside = work.micro_batch_size * work.widest * 2 * taught.store.origin.width
+    without = dataclasses.replace(work, stored=None)
+    kept, alone = (loss_bytes(stored.student, None, given, 0, None) for given in (work, without))
+    assert kept[1] - alone[1] == head + beside and kept[0] == 2 * alone[0]
+    seconds = {part.name: part.seconds for part in stored.devices[0].counts[0].throughput.parts}
+    assert seconds["teacher, kept head"] > 0 and "teacher, clean rows" not in seconds
+    # With a model beside it, which is asked about evaluation rows alone.
+    model = make_plan(
+        validate(Config, fields | {"teacher": {**fields["teacher"], **described["teacher"]}}), ["H100"], [1]
+    )
+    assert model.teacher is not None and with_model.teacher is not None
+    works = [plan.devices[0].counts[0].work for plan in (model, with_model)]
+    assert [given.teacher_clean_share for given in works if given is not None] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_plans_or_names_what_is_not_here(path: Path) -> None:
+    config = load_config(path)
+    names = [config.student.model, config.teacher.model if config.teacher is not None else None]
+    try:
+        plan = make_plan(config, ["H100"], [1])
+    except ModelError as error:
+        assert any(name is not None and name in str(error) for name in names), error
+    else:
+        assert plan.devices[0].counts[0].throughput is not None
+
+
+def test_the_loss_holds_what_the_plan_says(tmp_path: Path) -> None:
+    """Forward and backward of one linear_kd_loss with trained fp32 heads; the gradients themselves are the model's."""
+    plan = make_plan(validate(Config, language_config(tmp_path, instruct=True)), ["H100"], [1])
+    work = plan.devices[0].counts[0].work
+    assert work is not None and plan.teacher is not None
+    rows, width = 4, 256
+    for limit in (4, 8, 512):
+        given = dataclasses.replace(work, micro_batch_size=rows, widest=width, max_logits_mib=limit)
+        wide: dict[str, Any] = {"hidden_size": 64, "vocab_size": 4096, "head_parameters": 64 * 4096}
+        student, teacher = (
+            dataclasses.replace(model, shape=dataclasses.replace(model.shape, **wide))
+            for model in (plan.student, plan.teacher)
+        )
+        logits, heads = loss_bytes(student, teacher, given, 0, 0)
+        arguments = make_heads((rows * width,), 4096, widths=(64, 64), bias=False)
+        inputs = 2 * 4 * rows * width * 64  # of both models: there before the loss
+        peak = peak_of(limit, arguments, reduction="mean", backend="cpu")
+        planned = logits + heads - inputs
+        # Where whole logits are allowed, a backend may still compute them in parts.
+        assert (0.5 if limit == 512 else 0.7) * planned < peak < 1.1 * planned, limit
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,15 @@ import torch
 from datasets import Dataset
 from toy import losses, must_run, must_run_ranks, program, records, run, toy_config, toy_rows, toy_tokenizer
 
+from mixkd_fast import distributed
 from mixkd_fast.data.batching import Padding
 from mixkd_fast.data.shard_index import open_shards
 from mixkd_fast.data.streaming import StreamedRows
 from mixkd_fast.data.tokenization import TokenRows, tokenize_rows
 from mixkd_fast.errors import ConfigurationError, DataError
 from mixkd_fast.mixing import Mixing
+from mixkd_fast.preparation import _require_same_rows
+from mixkd_fast.schedule import check_same_rows
 
 # Rows of each file, in row groups of 20 (the JSONL files are one block each).
 SIZES = (90, 40, 1, 33, 76, 60)
@@ -164,7 +167,7 @@ def test_the_index_is_kept_and_follows_the_files(corpus: Path) -> None:
     first = open_shards(_files(corpus), corpus / "cache")
     (kept,) = (corpus / "cache" / "stream_index").iterdir()
     content = json.loads(kept.read_text())
-    content[0][0][2] += 1  # shows that it is read
+    content[0][0][0][2] += 1  # shows that it is read
     kept.write_text(json.dumps(content))
     assert open_shards(_files(corpus), corpus / "cache").num_rows == first.num_rows + 1
     pq.write_table(pa.table({"sentence": ["a film"], "label": [7.0]}), corpus / "part-0.parquet")
@@ -181,6 +184,21 @@ def test_long_jsonl_files_are_cut_into_blocks(tmp_path: Path) -> None:
     assert index.place(2) == (str(tmp_path / "a.jsonl"), 8192)
 
 
+def test_blocks_of_lines_have_the_columns_of_all(tmp_path: Path) -> None:
+    first = [{"a": 1, "b": None, "c": "x", "mixed": 1} for _ in range(4096)]
+    second = [{"b": "text", "c": "y", "mixed": "one"}] * 3
+    (tmp_path / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first + second))
+    (tmp_path / "2.jsonl").write_text(json.dumps({"d": 2.5}) + "\n")
+    for _ in range(2):  # made, and as it was kept
+        index = open_shards([str(tmp_path / "*.jsonl")], tmp_path / "cache")
+        assert index.columns == ("a", "b", "c", "mixed", "d") and len(index.rows) == 3
+        assert index.read(0)["b"].type == index.read(2)["b"].type == pa.string()
+        assert index.read(1)["a"].to_pylist() == [None] * 3 and index.read(1)["b"].to_pylist() == ["text"] * 3
+        assert index.read(2)["d"].to_pylist() == [2.5] and index.read(0)["d"].null_count == 4096
+        # No type is both: each block keeps its own.
+        assert index.read(0)["mixed"].to_pylist()[:2] == [1, 1] and index.read(1)["mixed"].to_pylist() == ["one"] * 3
+
+
 def test_files_that_cannot_be_streamed_are_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r'"nowhere/\*.parquet" \(task.train_files\) names no file'):
         open_shards(["nowhere/*.parquet"], None)
@@ -191,7 +209,7 @@ def test_files_that_cannot_be_streamed_are_refused(corpus: Path, tmp_path: Path)
     with pytest.raises(DataError, match=r"b.parquet.* cannot be read"):
         open_shards([str(tmp_path / "b.parquet")], None)
     index = open_shards(_files(corpus), None)
-    (corpus / "part-2.jsonl").write_text('{"sentence": 1}\n{"sentence": 2}\n')
+    (corpus / "part-2.jsonl").write_text('{"sentence": "a"}\n{"sentence": "b"}\n')
     place = list(index.files).index(index.paths.index(str(corpus / "part-2.jsonl")))
     with pytest.raises(DataError, match=r"part-2.jsonl.*the file was changed"):
         index.read(place)
@@ -237,6 +255,16 @@ def test_a_run_streams_on_one_and_two_ranks_and_resumes_on_the_other(tmp_path: P
     other = run(program("--config", config, "--resume", "--set", "training.micro_batch_size=4"))
     assert other.returncode == 1
     assert "task.streaming: the checkpoint's steps had 4 micro-batches, and now they have 2" in other.stderr
+
+
+def test_rows_must_be_those_of_the_checkpoint_and_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_same_rows("", "abc")  # a checkpoint that says nothing about them
+    check_same_rows("abc", "abc")
+    with pytest.raises(DataError, match=r"\(abc then, abd now\)"):
+        check_same_rows("abc", "abd")
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, mine, ("other", "host-c")])
+    with pytest.raises(DataError, match=r"training rows on host-c \(rank 2\) are not those on .* \(rank 0\)"):
+        _require_same_rows("one")
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,7 @@ def test_partition_study_compares_strategies_and_transfers(tmp_path: Path) -> No
     assert "by strategy and transfer" in text and "label_skew, teacher" in text and "mean of shards" in text
 
 
+@pytest.mark.slow
 def test_several_ranks_are_started_by_the_launcher(tmp_path: Path) -> None:
     training = {"steps": 2, "evaluate_every": 2, "micro_batch_size": 2}
     path = _write(tmp_path, training, fields={"student.num_layers": [1, 9]}, ranks=2)

@@ -88,6 +88,77 @@ def test_an_arm_beyond_its_tolerance_is_seen() -> None:
     assert not compared["agrees"] and compared["compared"][1]["loss"] == 0
 
 
+def page_of(*results: dict[str, Any], device: str = "cpu", **more: Any) -> str:
+    facts = {"command": "it", "commit": "abc", "versions": {"torch": "2"}}
+    about = {"name": "a processor", "type": device, "threads": 1}
+    return train_report.markdown({**facts, "device": about, "results": list(results), **more})
+
+
+FAKE = {"epochs": [{"seconds": 1.0, "rows": 64, "tokens": 640}], "store_seconds": 0.0, "peak_mib": 1.0}
+
+
+def test_an_arm_that_fails_or_no_longer_fits_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(train_step.SIZES, "tiny", TINY)
+    ran: list[str] = []
+
+    def run_arm(arm: str, job: dict[str, Any]) -> dict[str, Any]:
+        ran.append(arm)
+        if arm == "tuned":
+            raise RuntimeError("a long story\nout of memory")
+        if arm == "tuned_reusing":
+            monkeypatch.setattr(train_step.time, "monotonic", lambda: 1e9)
+        return FAKE
+
+    monkeypatch.setattr(train_step, "run_arm", run_arm)
+    arms: list[list[str]] = []
+    options = argparse.Namespace(**{**vars(OPTIONS), "compiled_rounds": None})
+    found = train_step.measure("tiny", options, 5e8, lambda result: arms.append(list(result["arms"])))
+    assert ran == ["mixkd_fast", "textbook", "tuned", "tuned_reusing"]
+    assert found["failures"] == {"tuned": "RuntimeError: a long story\nout of memory"}
+    assert found["not_run"] == ["tuned_compiled", "agreement", "profile"]
+    assert arms[0] == ["mixkd_fast"] and sorted(arms[-1]) == ["mixkd_fast", "textbook", "tuned_reusing"]
+    text = page_of(found, tested="3 failed", not_run=["minilm"])
+    assert "- tuned FAILED: out of memory" in text and "no time was left: tuned_compiled" in text
+    assert "Tests of the ops before: 3 failed." in text and "Not begun, no time was left: minilm." in text
+    assert "1.00 x tuned_reusing, MISSED" in text and "were not compared" in text
+    train_report.plot({"results": [found]}, tmp_path / "plot.svg")
+    assert len(train_step.lacking_parts(found)) == 4
+
+
+def test_a_round_that_fails_leaves_the_other_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where the share of the time in which it is idle is measured arm by arm."""
+    monkeypatch.setitem(train_step.SIZES, "tiny", TINY)
+    monkeypatch.setattr(train_step, "peak_flops", lambda device, threads: 1e12)
+    ran: list[str] = []
+
+    def run_arm(arm: str, job: dict[str, Any], more: dict[str, str] | None = None) -> dict[str, Any]:
+        ran.append(arm)
+        if (arm, ran.count(arm)) in {("textbook", 1), ("tuned", 3), ("agreement", 1)} or failing == arm:
+            raise RuntimeError("it broke")
+        if "profile" in job:
+            return {"parts_ms": {"backward": 3.0}, "idle_share": 0.25}
+        seconds = 1.0 if arm == "mixkd_fast" else 2.0 * ran.count(arm)
+        return {**FAKE, "epochs": [{"seconds": seconds, "rows": 64, "tokens": 640}]}
+
+    monkeypatch.setattr(train_step, "run_arm", run_arm)
+    options = argparse.Namespace(**{**vars(OPTIONS), "device": "cuda", "rounds": 2, "compiled_rounds": 1})
+    failing = ""
+    found = train_step.measure("tiny", options)
+    assert ran[0] == "agreement" and ran.count("tuned_compiled") == 2 and "tuned_reusing" not in ran
+    assert set(found["failures"]) == {"agreement", "textbook (round 1)", "GPU idle in tuned"}
+    assert found["arms"]["textbook"]["mixkd_fast_is"]["rounds"] == [4.0]
+    assert found["arms"]["tuned"]["mixkd_fast_is"]["rounds"] == [2.0, 4.0]
+    assert found["arms"]["mixkd_fast"]["idle_share"] == 0.25 and "idle_share" not in found["arms"]["tuned"]
+    text = page_of(json.loads(json.dumps(found)), device="cuda")
+    assert "- textbook (round 1) FAILED: it broke" in text and "GPU idle" in text and "| 25 % |" in text
+    failing = "mixkd_fast"
+    found = train_step.measure("tiny", options)
+    assert "mixkd_fast" not in found["arms"] and "mixkd_fast_is" not in found["arms"]["tuned"]
+    assert {"mixkd_fast (round 1)", "mixkd_fast (round 2)", "profile"} <= set(found["failures"])
+    text = page_of(found, device="cuda")
+    assert "- at least 1.6 x tuned: not measured" in text and "looked at part by part" in text
+
+
 def run(seconds: list[float], store_seconds: float = 0.0) -> dict[str, Any]:
     return {"epochs": [{"seconds": s, "rows": 10, "tokens": 100} for s in seconds], "store_seconds": store_seconds}
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import resource
 import signal
 import socket
 import subprocess
@@ -183,13 +184,35 @@ def test_an_error_that_followed_from_a_death_is_not_taken_for_its_cause(ranks: R
 
 
 def test_strangers_change_nothing(ranks: Ranks) -> None:
-    ranks.meet(2)
+    ranks.append(Rank(0, 2))
+    port = ranks[0].hear()["port"]
     for words in (b"GET / HTTP/1.0\r\n\r\n", b'{"hello": {"rank": 1}, "token": "guess"}\n', b'{"gone": "x"}\n', b"7\n"):
-        with socket.create_connection(("127.0.0.1", ranks.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(words)
             while connection.recv(100):  # until it is closed at the other end
                 pass
+    ranks.append(Rank(1, 2, port))
+    assert [rank.hear() for rank in ranks] == [{"ready": True}] * 2
     assert ranks[0].is_silent(1.0) and ranks[1].is_silent(0.1)
+    with pytest.raises(OSError):  # all have met
+        socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+def test_more_ranks_than_a_process_may_usually_have_open_files(ranks: Ranks) -> None:
+    """The limit that the rank was started with: 1024 as a rule, here fewer."""
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, usual[1]))
+    try:
+        ranks.append(Rank(0, 61))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+    port = ranks[0].hear()["port"]
+    with contextlib.ExitStack() as stack:
+        for number in range(1, 61):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            hello = {"hello": {"rank": number, "host": "far", "pid": number}, "token": TOKEN}
+            connection.sendall(json.dumps(hello).encode() + b"\n")
+        assert ranks[0].hear(10.0) == {"ready": True}
 
 
 def test_a_rank_that_cannot_connect_says_so(ranks: Ranks) -> None:

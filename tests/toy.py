@@ -165,16 +165,23 @@ def _output_of(result: subprocess.CompletedProcess[str]) -> str:
     return result.stdout + result.stderr
 
 
-def must_run_ranks(
+def run_ranks(
     ranks: int, *arguments: str, script: str = "mixkd_fast/train.py", timeout: float = 300, **more: str
-) -> str:
-    """Run a script as that many ranks, without a launcher's own processes; returns what they print."""
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as that many ranks, without a launcher's own processes, and keep what they print."""
     if torch.cuda.is_available():
-        return must_run(launched(ranks, *arguments, script=script), timeout, **more)
+        return run(launched(ranks, *arguments, script=script), timeout, **more)
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environments = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared, **more) for rank in range(ranks)]
-    return _output_of(run_script([script, *arguments], environments, timeout))
+    return run_script([script, *arguments], environments, timeout)
+
+
+def must_run_ranks(
+    ranks: int, *arguments: str, script: str = "mixkd_fast/train.py", timeout: float = 300, **more: str
+) -> str:
+    """`run_ranks` that has to succeed; returns what they print."""
+    return _output_of(run_ranks(ranks, *arguments, script=script, timeout=timeout, **more))
 
 
 def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:

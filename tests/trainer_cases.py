@@ -145,12 +145,19 @@ def options(folder: Path, micro_batch_size: int, accumulation: int, **more: Any)
     }
 
 
-def lm_trainer(folder: Path, micro_batch_size: int, accumulation: int, loss: Any, **more: Any) -> Any:
+def student_as(made: str, student: Any, models: Callable[[], tuple[Any, Any]]) -> dict[str, Any]:
+    """Made "once": the student itself; "anew": a function that makes the same, which the Trainer calls in each run."""
+    return {"model": student} if made == "once" else {"model_init": lambda: models()[0]}
+
+
+def lm_trainer(
+    folder: Path, micro_batch_size: int, accumulation: int, loss: Any, made: str = "once", **more: Any
+) -> Any:
     training_arguments = arguments(folder, micro_batch_size, accumulation, **more)
     student, teacher = lm_models()
     return DistillTrainer(
-        student,
-        training_arguments,
+        **student_as(made, student, lm_models),
+        args=training_arguments,
         teacher_model=teacher,
         loss=loss,
         data_collator=collate,
@@ -160,13 +167,18 @@ def lm_trainer(folder: Path, micro_batch_size: int, accumulation: int, loss: Any
 
 
 def mixkd_trainer(
-    folder: Path, micro_batch_size: int, accumulation: int, training: dict[str, Any] | None = None, **mixing: Any
+    folder: Path,
+    micro_batch_size: int,
+    accumulation: int,
+    training: dict[str, Any] | None = None,
+    made: str = "once",
+    **mixing: Any,
 ) -> Any:
     training_arguments = arguments(folder, micro_batch_size, accumulation, **(training or {}))
     student, teacher = class_models()
     return DistillTrainer(
-        student,
-        training_arguments,
+        **student_as(made, student, class_models),
+        args=training_arguments,
         teacher_model=teacher,
         loss=CLEAN_LOSS,
         mixing={**MIXING, **mixing},

@@ -129,6 +129,8 @@ class Draw:
     """[N * k]: weight of the first row."""
     cuts: NDArray[np.int64] | None = None
     """[micro-batches + 1]: where micro-batches end, if they differ in size."""
+    turn: int | None = None
+    """Where rows are sorted: a number that changes from step to step, so that no rank always gets the longest."""
 
 
 class RowOrder:
@@ -192,15 +194,28 @@ class GlobalBatches:
 
 
 def draw_pairs(
-    mixing: Mixing | None, row_ids_N: NDArray[np.int64], num_rows: int, seed: int, step: int
+    mixing: Mixing | None,
+    row_ids_N: NDArray[np.int64],
+    num_rows: int,
+    seed: int,
+    step: int,
+    circles: list[NDArray[np.int64]] | None = None,
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.float32] | None]:
-    """Partners [N * k] and lam [N * k] of a step's rows, (None, None) without mixing; see `Draw`."""
+    """Partners [N * k] and lam [N * k] of a step's rows, (None, None) without mixing; see `Draw`.
+
+    Args: circles = places in row_ids_N, each in one of them: pairing "batch" takes partners of the same circle; None is
+    one circle of all rows.
+    """
     if mixing is None:
         return None, None
     count = len(row_ids_N)
     rng = _generator(seed, _PARTNERS, step)
     if mixing.pairing == "batch":
-        partner_ids = np.concatenate([row_ids_N[rng.permutation(count)] for _ in range(mixing.mixed_rows)])
+        partner_places = np.empty((mixing.mixed_rows, count), dtype=np.int64)
+        for partner_places_N in partner_places:
+            for circle in circles if circles is not None else [np.arange(count)]:
+                partner_places_N[circle] = circle[rng.permutation(len(circle))]
+        partner_ids = row_ids_N[partner_places.ravel()]
     else:
         partner_ids = rng.integers(0, num_rows, size=count * mixing.mixed_rows, dtype=np.int64)
     return partner_ids, draw_lam(mixing, count * mixing.mixed_rows, _generator(seed, _LAM, step))
@@ -212,7 +227,8 @@ def micro_batches(
     """This rank's micro-batches of a global batch, in the order of accumulation.
 
     Micro-batch a of rank r takes the B rows from (a * world + r) * B on, or the piece a * world + r of a draw that is
-    cut already, with their partners and lam. Partners that are not among its clean rows are appended once each.
+    cut already, with their partners and lam; of sorted rows (`Draw.turn`) pieces are dealt there and back. Partners not
+    among its clean rows are appended once each.
     Raises: ConfigurationError if the global batch is not a multiple of micro_batch_size * world.
     """
     num_rows = len(draw.row_ids)
@@ -224,7 +240,7 @@ def micro_batches(
     cuts = range(0, num_rows + 1, micro_batch_size) if draw.cuts is None else draw.cuts.tolist()
     means = _means(rows, draw)
     batches = []
-    for start, end in list(pairwise(cuts))[rank::world]:
+    for start, end in _share(list(pairwise(cuts)), rank, world, draw.turn):
         here, size = slice(start, end), end - start
         row_ids = draw.row_ids[here]
         if draw.partner_ids is None or draw.lam is None:
@@ -245,6 +261,18 @@ def micro_batches(
             batch.mixed_lengths = torch.maximum(own * (batch.lam > 0), other * (batch.lam < 1))
         batches.append(replace(batch, **means))
     return batches
+
+
+def _share(pieces: list[tuple[int, int]], rank: int, world: int, turn: int | None) -> list[tuple[int, int]]:
+    """This rank's pieces of a step, one of each `world` in a row."""
+    if turn is None:
+        return pieces[rank::world]
+    place = (rank + turn) % world
+    # There and back: who has the longest of one lot has the shortest of the next.
+    return [
+        pieces[first + (place if first // world % 2 == 0 else world - 1 - place)]
+        for first in range(0, len(pieces), world)
+    ]
 
 
 def _means(rows: TokenRows, draw: Draw) -> dict[str, Any]:

@@ -25,10 +25,16 @@ def detect(spec: TaskSpec, source: Source) -> TaskSpec:
     if spec.text_column is not None or spec.prompt_column is not None:
         return spec
     columns = source.rows.column_names
-    if _USUAL_TEXT in columns:
-        return replace(spec, text_column=_USUAL_TEXT)
     prompts = [name for name in _USUAL_PROMPTS if name in columns]
     responses = [name for name in _USUAL_RESPONSES if name in columns]
+    if _USUAL_TEXT in columns:
+        if prompts and responses:
+            raise DataError(
+                f'{source.where} has a column "{_USUAL_TEXT}" and {quoted([*prompts, *responses])} as well. Set '
+                f'task.text_column = "{_USUAL_TEXT}" to learn all of that text, or task.prompt_column and '
+                "task.response_column to learn answers to instructions"
+            )
+        return replace(spec, text_column=_USUAL_TEXT)
     if len(prompts) == 1 and len(responses) == 1:
         about = _USUAL_INPUT if _USUAL_INPUT in columns else None
         return replace(spec, prompt_column=prompts[0], input_column=about, response_column=responses[0])
@@ -38,10 +44,11 @@ def detect(spec: TaskSpec, source: Source) -> TaskSpec:
     )
 
 
-def normalise(spec: TaskSpec, source: Source, keep_blank: bool = False) -> pa.Table:
+def normalise(spec: TaskSpec, source: Source, streamed: bool = False) -> pa.Table:
     """The uniform columns of one source.
 
-    Documents without a visible character are left out, unless keep_blank says otherwise.
+    Documents without a visible character are left out. With streamed, for a part of a corpus, they are not, and an
+    input column that this part lacks is "" in it.
     Raises: DataError for a missing column, a value that is no text, an instruction or answer that is empty, or a source
     of nothing but empty documents.
     """
@@ -50,7 +57,7 @@ def normalise(spec: TaskSpec, source: Source, keep_blank: bool = False) -> pa.Ta
         assert spec.text_column is not None
         texts = texts_of(source, spec.text_column, "text_column")
         table = pa.table({"text": texts, "row": rows})
-        if keep_blank:
+        if streamed:
             return table
         table = table.filter(pa.array(~is_blank(texts)))
         if len(table) == 0:
@@ -58,7 +65,8 @@ def normalise(spec: TaskSpec, source: Source, keep_blank: bool = False) -> pa.Ta
         return table
     assert spec.response_column is not None
     columns = {"prompt": _filled(source, spec.prompt_column, "prompt_column")}
-    columns["input"] = _optional(source, spec.input_column)
+    has_input = spec.input_column in source.rows.column_names or not streamed
+    columns["input"] = _optional(source, spec.input_column if has_input else None)
     columns["response"] = _filled(source, spec.response_column, "response_column")
     return pa.table(columns | {"row": rows})
 

@@ -1,4 +1,4 @@
-"""The batch of every optimizer step, of rows that are equally long: what `training.batching` "length" asks for.
+"""The batch of every optimizer step, in micro-batches of equally long rows: what `training.batching` "length" asks for.
 
 As `GlobalBatches`, a pure function of (seed, step), so that a resumed run and any number of ranks see the same.
 """
@@ -6,6 +6,7 @@ As `GlobalBatches`, a pure function of (seed, step), so that a resumed run and a
 import bisect
 import math
 import threading
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +16,18 @@ from mixkd_fast.data.length_batches import BatchPlan, plan_batches
 from mixkd_fast.errors import ConfigurationError
 from mixkd_fast.mixing import Mixing
 
+_LEAST_CIRCLE = 8
+
 
 class PlannedBatches:
-    """Every epoch is planned anew by `plan_batches`; random rows that fill no last batch sit that epoch out.
+    """Every epoch is planned anew by `plan_batches`.
 
-    With tokens_per_micro_batch a micro-batch takes as many rows as its padded width leaves room for (micro_batch_size
-    at most), so that the rows of a step vary; the last one of an epoch takes what is left, if that is a row for every
-    micro-batch. Without it every step has batch_size rows.
+    Without tokens_per_micro_batch every step has batch_size rows, all of like length; rows that fill no last step sit
+    that epoch out, random ones. With it a micro-batch takes as many rows as its padded width leaves room for
+    (micro_batch_size at most). The micro-batches of a step then are of all lengths, so that steps have like numbers of
+    rows, and a row's weight in the mean of its step hardly depends on its length. All rows are in every epoch, unless
+    micro-batches have one row each: then rows that fill no last step sit it out, random ones. Pairing "batch" joins
+    rows of one micro-batch, or of neighbours in length where one has less than 8 rows.
     """
 
     def __init__(
@@ -48,9 +54,10 @@ class PlannedBatches:
         self._lock = threading.RLock()
         self._first_steps, self._first_rows = [0], [0]
         if self._steps_of(0) == 0:
+            needed = f"{batch_size} rows" if tokens_per_micro_batch is None else f"{micro_batches} micro-batches"
             raise ConfigurationError(
                 f'training.batching = "length": the {len(lengths)} training rows do not fill one step of '
-                f'{batch_size} rows; lower training.batch_size, or use "random"'
+                f'{needed}; lower training.batch_size, or use "random"'
             )
 
     def draw(self, step: int) -> Draw:
@@ -59,8 +66,15 @@ class PlannedBatches:
         plan = self._plan(epoch)
         offsets = plan.offsets[batch : batch + self._group_size + 1]
         row_ids_N = plan.order[offsets[0] : offsets[-1]]
-        partner_ids, lam = draw_pairs(self._mixing, row_ids_N, len(self._lengths), self._seed, step)
-        return Draw(row_ids_N, partner_ids, lam, None if self._tokens is None else offsets - offsets[0])
+        if self._tokens is None:
+            return Draw(row_ids_N, *self._pairs(row_ids_N, step, None), turn=step)
+        cuts = offsets - offsets[0]
+        return Draw(row_ids_N, *self._pairs(row_ids_N, step, _circles(self._lengths[row_ids_N], cuts)), cuts)
+
+    def _pairs(
+        self, row_ids_N: NDArray[np.int64], step: int, circles: list[NDArray[np.int64]] | None
+    ) -> tuple[NDArray[np.int64] | None, NDArray[np.float32] | None]:
+        return draw_pairs(self._mixing, row_ids_N, len(self._lengths), self._seed, step, circles)
 
     def rows_seen(self, step: int) -> int:
         """Rows of all steps before this one."""
@@ -117,8 +131,27 @@ class PlannedBatches:
                     window=self._window,
                     pad_multiple=self._pad_multiple,
                     group_size=self._group_size,
-                    drop_last=not budget,
+                    drop_last=True,
                 )
             except ValueError as error:
                 raise ConfigurationError(f"training.tokens_per_micro_batch: {error}") from error
         return self._plans[epoch]
+
+
+def _circles(lengths_N: NDArray[np.int64], cuts: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Places of a step's rows in circles of like length: a micro-batch each, or neighbours where they are small.
+
+    Args: cuts = [micro-batches + 1], where each begins and ends.
+    """
+    pieces = [np.arange(start, end) for start, end in pairwise(cuts.tolist())]
+    pieces.sort(key=lambda piece: int(lengths_N[piece].max()))
+    circles = pieces[:1]
+    for piece in pieces[1:]:
+        if len(circles[-1]) < _LEAST_CIRCLE:
+            circles[-1] = np.concatenate([circles[-1], piece])
+        else:
+            circles.append(piece)
+    if len(circles) > 1 and len(circles[-1]) < _LEAST_CIRCLE:
+        last = circles.pop()
+        circles[-1] = np.concatenate([circles[-1], last])
+    return circles

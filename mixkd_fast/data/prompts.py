@@ -46,6 +46,11 @@ class PromptStyle:
         """Prompt and response as texts, the first of which ends where the model is to go on."""
         if not self.chat:
             template = self.template if about.strip() else self.template_without_input
+            if about.strip() and "{input}" not in template:
+                raise DataError(
+                    f"task.prompt_template has no {{input}}, and the row with the instruction {prompt[:60]!r} has an "
+                    "input: add {input}, or set task.prompt_column and task.response_column without task.input_column"
+                )
             values = {"{prompt}": prompt, "{input}": about}
             # In one pass: an instruction may itself contain "{input}".
             return re.sub(r"\{prompt\}|\{input\}", lambda match: values[match[0]], template), response

@@ -1,9 +1,11 @@
 """Where the rows of many Parquet and JSONL files lie, so that any of them is found without reading what is before it.
 
 A block is what is read at once: a row group of a Parquet file, or 4096 lines of a JSONL file. The index is built once
-(Parquet: from the files' footers; JSONL: one pass over the lines) and kept in the cache folder.
+(Parquet: from the files' footers; JSONL: one pass over the lines) and kept in the cache folder. Every block of JSONL
+files has the columns of all of them, null where its rows have no such field.
 """
 
+import base64
 import hashlib
 import io
 import json
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 
 from mixkd_fast.errors import DataError
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _LINES = 4096
 _ENDINGS = (".parquet", ".jsonl")
 
@@ -44,6 +46,10 @@ class ShardIndex:
     """[blocks]: rows of the block, at least 1."""
     digest: str
     """sha256 over the files' names, sizes and blocks."""
+    columns: tuple[str, ...]
+    """The columns of all files."""
+    fields: pa.Schema
+    """Those of the JSONL files whose values are of one type in all of them."""
 
     @property
     def num_rows(self) -> int:
@@ -61,11 +67,6 @@ class ShardIndex:
         first_block = int(np.searchsorted(self.files, file))
         return self.paths[file], int(self.first_rows[block] - self.first_rows[first_block])
 
-    def columns(self) -> list[str]:
-        """The columns of the first block."""
-        names: list[str] = self.read(0).column_names
-        return names
-
     def read(self, block: int) -> pa.Table:
         """The rows of a block. Raises: DataError if the file is no longer as it was, or not what its name says."""
         path, first = self.place(block)
@@ -78,7 +79,7 @@ class ShardIndex:
                 with open(path, "rb") as lines:
                     lines.seek(start)
                     data = lines.read(end - start)
-                table = pa.json.read_json(io.BytesIO(data), pa.json.ReadOptions(block_size=max(len(data), 1)))
+                table = _parsed(data, self.fields)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
                 f'file "{path}" (task.train_files), rows from {first} on: cannot be read: {error}'
@@ -103,18 +104,20 @@ def open_shards(patterns: Sequence[str], cache_dir: Path | None) -> ShardIndex:
     kept = None if cache_dir is None else cache_dir / "stream_index" / f"{key}.json"
     found = None if kept is None else _load(kept)
     if found is None:
-        found = [_blocks(path) for path in paths]
+        found = [_FileIndex.of(path) for path in paths]
         if kept is not None:
             _save(kept, found)
-    counts = [len(blocks) for blocks in found]
-    flat = np.array([block for blocks in found for block in blocks], dtype=np.int64).reshape(-1, 3)
+    counts = [len(file.blocks) for file in found]
+    flat = np.array([block for file in found for block in file.blocks], dtype=np.int64).reshape(-1, 3)
     if not len(flat):
         raise DataError(f"task.train_files: {', '.join(paths[:3])}: there are no rows; at least one is needed")
     # Times are left out: a copy of the files elsewhere is the same corpus.
-    content = [(Path(path).name, size, blocks) for (path, size, _), blocks in zip(facts, found, strict=True)]
+    content = [(Path(path).name, size, file.blocks) for (path, size, _), file in zip(facts, found, strict=True)]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     files = np.repeat(np.arange(len(paths)), counts)
-    return ShardIndex(tuple(paths), files, flat[:, 0], flat[:, 1], flat[:, 2], digest)
+    columns = tuple(dict.fromkeys(name for file in found for name in file.columns))
+    fields = _common_fields([file.fields for file in found])
+    return ShardIndex(tuple(paths), files, flat[:, 0], flat[:, 1], flat[:, 2], digest, columns, fields)
 
 
 def _matching(pattern: str) -> list[str]:
@@ -128,43 +131,99 @@ def _matching(pattern: str) -> list[str]:
     return found
 
 
-def _blocks(path: str) -> list[list[int]]:
-    """[start, end, rows] of every block of a file; see `ShardIndex`."""
-    if path.endswith(".parquet"):
+@dataclass(frozen=True)
+class _FileIndex:
+    """What the index knows of one file."""
+
+    blocks: list[list[int]]
+    """[start, end, rows] of every block; see `ShardIndex`."""
+    columns: list[str]
+    fields: pa.Schema
+    """Of a JSONL file; see `ShardIndex`."""
+
+    @classmethod
+    def of(cls, path: str) -> "_FileIndex":
+        """Raises: DataError for a file that cannot be read."""
         try:
-            with pa.parquet.ParquetFile(path) as file:
-                groups = range(file.metadata.num_row_groups)
-                found = [[group, -1, file.metadata.row_group(group).num_rows] for group in groups]
+            return _parquet_index(path) if path.endswith(".parquet") else _lines_index(path)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f'file "{path}" (task.train_files) cannot be read: {error}') from error
-        return [block for block in found if block[2] > 0]
+
+
+def _parquet_index(path: str) -> _FileIndex:
+    with pa.parquet.ParquetFile(path) as file:
+        groups = range(file.metadata.num_row_groups)
+        found = [[group, -1, file.metadata.row_group(group).num_rows] for group in groups]
+        return _FileIndex([block for block in found if block[2] > 0], file.schema_arrow.names, pa.schema([]))
+
+
+def _lines_index(path: str) -> _FileIndex:
     blocks: list[list[int]] = []
-    start = end = rows = 0
+    schemas: list[pa.Schema] = []
+    block: list[bytes] = []
+    start = rows = 0
+
+    def end_block() -> None:
+        data = b"".join(block)
+        schemas.append(_parsed(data, pa.schema([])).schema)
+        blocks.append([start, start + len(data), rows])
+
     with open(path, "rb") as lines:
         for line in lines:
-            end += len(line)
+            block.append(line)
             rows += not line.isspace()
             if rows == _LINES:
-                blocks.append([start, end, rows])
-                start, rows = end, 0
-    return blocks + [[start, end, rows]] * (rows > 0)
+                end_block()
+                start, rows, block = blocks[-1][1], 0, []
+    if rows:
+        end_block()
+    names = dict.fromkeys(name for schema in schemas for name in schema.names)
+    return _FileIndex(blocks, list(names), _common_fields(schemas))
 
 
-def _load(path: Path) -> list[list[list[int]]] | None:
+def _parsed(data: bytes, fields: pa.Schema) -> pa.Table:
+    """Lines as a table that has these fields, whatever they hold."""
+    return pa.json.read_json(
+        io.BytesIO(data),
+        pa.json.ReadOptions(block_size=max(len(data), 1)),
+        pa.json.ParseOptions(explicit_schema=fields),
+    )
+
+
+def _common_fields(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """The fields of all schemas; without those that are of one type here and of another, not to be united, there."""
+    found: dict[str, pa.Schema | None] = {}
+    for schema in schemas:
+        for field in schema:
+            one, before = pa.schema([field]), found.get(field.name, pa.schema([]))
+            if before is None:
+                continue
+            try:
+                found[field.name] = pa.unify_schemas([before, one], promote_options="permissive")
+            except pa.ArrowException:
+                found[field.name] = None
+    return pa.schema([schema.field(0) for schema in found.values() if schema is not None])
+
+
+def _load(path: Path) -> list[_FileIndex] | None:
     try:
         content: Any = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return [_FileIndex(blocks, names, _schema_of(fields)) for blocks, names, fields in content]
+    except (OSError, ValueError, pa.ArrowException):
         return None
-    blocks: list[list[list[int]]] = content
-    return blocks
 
 
-def _save(path: Path, blocks: list[list[list[int]]]) -> None:
+def _schema_of(text: str) -> pa.Schema:
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+
+
+def _save(path: Path, found: Sequence[_FileIndex]) -> None:
     """Written aside and renamed; what cannot be kept is made again by the next run."""
+    content = [(file.blocks, file.columns, base64.b64encode(file.fields.serialize()).decode()) for file in found]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".writing-", delete=False) as aside:
-            json.dump(blocks, aside)
+            json.dump(content, aside)
         os.replace(aside.name, path)
     except OSError:
         return

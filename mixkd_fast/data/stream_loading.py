@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from mixkd_fast.configuration import Config
+from mixkd_fast.configuration import Config, Task
 from mixkd_fast.data import language_columns
 from mixkd_fast.data.language_tokens import tokenize_language_rows
 from mixkd_fast.data.loading import normalise
@@ -14,7 +14,7 @@ from mixkd_fast.data.prompts import PromptStyle
 from mixkd_fast.data.shard_index import ShardIndex, open_shards
 from mixkd_fast.data.sources import Source
 from mixkd_fast.data.streaming import StreamedRows
-from mixkd_fast.data.tasks import TaskSpec
+from mixkd_fast.data.tasks import TaskSpec, nearest, quoted
 from mixkd_fast.data.tokenization import TokenRows, tokenize_rows
 from mixkd_fast.errors import ConfigurationError, DataError
 from mixkd_fast.methods import Method
@@ -48,10 +48,11 @@ def open_stream(config: Config, spec: TaskSpec, tokenizer: Any, micro_batch_size
     index = open_shards(task.train_files, cache_dir)
     soft_columns = _soft_columns(spec, index)
     style = PromptStyle.of(task)
+    _require_named_input(task, index)
 
     def tokenise(table: pa.Table, where: str) -> TokenRows:
         if spec.kind == "causal_lm":
-            rows = Dataset(language_columns.normalise(spec, Source(where, Dataset(table)), keep_blank=True))
+            rows = Dataset(language_columns.normalise(spec, Source(where, Dataset(table)), streamed=True))
             return tokenize_language_rows(rows, tokenizer, task.max_length, None, style, one_for_one=True)
         rows = Dataset(normalise(spec, Source(where, Dataset(table)), soft_columns))
         return tokenize_rows(rows, tokenizer, task.max_length, None)
@@ -71,9 +72,18 @@ def open_stream(config: Config, spec: TaskSpec, tokenizer: Any, micro_batch_size
 def _soft_columns(spec: TaskSpec, index: ShardIndex) -> tuple[str, ...] | None:
     if spec.soft_label_columns is None:
         return None
-    missing = set(spec.soft_label_columns) - set(index.columns())
+    missing = set(spec.soft_label_columns) - set(index.columns)
     if missing:
         raise DataError(
             f'file "{index.paths[0]}" (task.train_files) has no column "{min(missing)}" (task.soft_label_columns)'
         )
     return spec.soft_label_columns
+
+
+def _require_named_input(task: Task, index: ShardIndex) -> None:
+    """Blocks may lack the input column that the evaluation rows have; one that the user names must be somewhere."""
+    if task.input_column is not None and task.input_column not in index.columns:
+        raise DataError(
+            f'no file of task.train_files has a column "{task.input_column}" (task.input_column)'
+            f"{nearest(task.input_column, index.columns)}; they have: {quoted(index.columns)}"
+        )

@@ -30,6 +30,7 @@ from mixkd_fast.mixing import Mixing, draw_lam
 # Streams of random numbers, apart from those of `batching`.
 _BLOCKS, _WINDOW, _PARTNERS, _LAM = 16, 17, 18, 19
 _SAMPLE_ROWS = 256
+_SAMPLED_BLOCKS = 8
 _PER_TOKEN = ("tokens", "token_types")
 _PER_ROW = ("labels", "soft_labels", "source_rows", "prompt_lengths")
 
@@ -112,6 +113,17 @@ class StreamedRows:
         """Tokens of a row on average, of the first rows of the first file."""
         count = min(_SAMPLE_ROWS, int(self.index.rows[0]))
         return self._block_rows(0, self.index.read(0), 0, count).mean_length
+
+    def sample(self, count: int) -> TokenRows:
+        """At most so many rows from random blocks of all files, some of each."""
+        most, left, parts = -(-count // _SAMPLED_BLOCKS), count, []
+        for block in np.random.default_rng(0).permutation(len(self.index.rows)).tolist():
+            taken = min(left, max(most, -(-count // len(self.index.rows))), int(self.index.rows[block]))
+            if taken == 0:
+                break
+            parts.append(self._block_rows(block, self.index.read(block), 0, taken))
+            left -= taken
+        return _joined(parts)
 
     @property
     def num_truncated(self) -> int:

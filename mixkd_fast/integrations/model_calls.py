@@ -6,11 +6,12 @@ Legend of shape suffixes: B rows, L positions, H width.
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mixkd_fast.causal_lm import Head, head_of
 from mixkd_fast.encoder import Encoder
 from mixkd_fast.errors import ModelError
 
@@ -79,13 +80,9 @@ class ModelCall:
         return hidden_BLH, output
 
     @property
-    def head(self) -> "Head":
+    def head(self) -> Head:
         """The output embedding as the model's configuration says that it is applied."""
-        module, config = self._output_embeddings, self.core.config.get_text_config()
-        scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        cap = getattr(config, "final_logit_softcapping", None)
-        return Head(module.weight, getattr(module, "bias", None), None if cap is None else float(cap), float(scale))
+        return head_of(self._output_embeddings, self.core.config)
 
     @property
     def _output_embeddings(self) -> Any:
@@ -94,7 +91,7 @@ class ModelCall:
     def _check_head(self, hidden_BLH: Tensor, logits: Tensor) -> None:
         """Once: a model may do more between its last hidden states and its logits than a head with scale and cap."""
         with torch.no_grad(), head_in_memory(self.head):
-            ours = self.head.logits(hidden_BLH[:, -1:])
+            ours = self.head.in_fp32().logits(hidden_BLH[:, -1:].float())
             own = logits[:, -1:].to(ours.dtype)
             error, size = (ours - own).abs().max(), own.abs().max()
             if not bool(error <= _HEAD_TOLERANCE * (1 + size)):
@@ -111,21 +108,6 @@ class ModelCall:
 
     def _without_cache(self) -> dict[str, bool]:
         return {"use_cache": False} if "use_cache" in self._parameters else {}
-
-
-class Head(NamedTuple):
-    """z = scale (h weight^T + bias), then softcap tanh(z / softcap) where there is a soft-cap."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """In fp32."""
-        bias = None if self.bias is None else self.bias.float()
-        logits = self.scale * nn.functional.linear(hidden.float(), self.weight.float(), bias)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 @contextmanager

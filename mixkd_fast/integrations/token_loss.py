@@ -10,10 +10,11 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from mixkd_fast.causal_lm import Head
 from mixkd_fast.data.next_tokens import IGNORED, next_token_labels
 from mixkd_fast.errors import ModelError
 from mixkd_fast.integrations.frozen_model import zero3_section
-from mixkd_fast.integrations.model_calls import Head, ModelCall, head_in_memory
+from mixkd_fast.integrations.model_calls import ModelCall, head_in_memory
 from mixkd_fast.losses import KDLoss, KDLossParts, LinearKDLoss, linear_kd_loss
 
 Loss = KDLoss | LinearKDLoss
@@ -71,7 +72,7 @@ class TokenLoss:
 
         Raises: ValueError or ModelError where a linear loss cannot reach the heads.
         """
-        self.loss, self._ask = loss, ask
+        self.loss, self._ask, self._accelerator = loss, ask, accelerator
         self._student, self._teacher = ModelCall(student), ModelCall(teacher)
         if isinstance(loss, LinearKDLoss):
             _check_linear(loss, self._student, self._teacher, accelerator)
@@ -126,7 +127,8 @@ class TokenLoss:
             heads = [head]
         student_hidden, output = self._student.hidden_states(model, inputs, 0 if with_logits else 1)
         head = _with_options(self._student.head, loss.student_head)
-        with head_in_memory(*heads):
+        # What the trainer calls its model under ends with the model.
+        with head_in_memory(*heads), self._accelerator.autocast():
             parts = linear_kd_loss(
                 student_hidden,
                 head.weight,

@@ -44,6 +44,8 @@ class DistillTrainer(AccumulatedMean, Trainer):
     """
 
     _signature_columns: list[str] | None
+    _student: Any = None
+    """The model that `_bind_student` has seen last."""
 
     def __init__(
         self,
@@ -78,17 +80,30 @@ class DistillTrainer(AccumulatedMean, Trainer):
         if self.task == "causal_lm":
             if self.mixing is not None:
                 raise ValueError(f"mixing = {mixing!r}: allowed for task 'sequence_classification' alone")
-            self._token_loss = TokenLoss(self.loss, self.model, self.teacher.model, self.teacher, self.accelerator)
         elif self.task == "sequence_classification":
             self._prepare_classification(mixed_loss)
         else:
             raise ValueError(f"task = {task!r}; allowed: 'causal_lm', 'sequence_classification'")
+        self._bind_student()
+
+    def _bind_student(self) -> None:
+        """Build what calls the student; again when it is another model, as `model_init` makes one for each run."""
+        student = core_of(self.model)
+        if student is self._student:
+            return
+        if self.task == "causal_lm":
+            self._token_loss = TokenLoss(self.loss, self.model, self.teacher.model, self.teacher, self.accelerator)
+        else:
+            _check_classifiers(self.model, self.teacher.model)
+            self._student_call = ModelCall(self.model)
+            if self.mixing is not None:
+                self._student_encoder = WrappedEncoder(self.model)
+        self._student = student
 
     def _prepare_classification(self, mixed_loss: KDLoss | Mapping[str, Any] | None) -> None:
-        _check_classifiers(self.model, self.teacher.model)
         if not isinstance(self.loss, KDLoss):
             raise ValueError("loss = LinearKDLoss: allowed for task 'causal_lm' alone; a classifier's head is small")
-        self._student_call, self._teacher_call = ModelCall(self.model), ModelCall(self.teacher.model)
+        self._teacher_call = ModelCall(self.teacher.model)
         mixed = checked_loss(self.loss if mixed_loss is None else mixed_loss, "mixed_loss")
         assert isinstance(mixed, KDLoss)
         self.mixed_loss = mixed
@@ -98,7 +113,6 @@ class DistillTrainer(AccumulatedMean, Trainer):
             raise ValueError(f"mixing.pairing = {self.mixing.pairing!r}; allowed in a Trainer: 'batch'")
         if self.args.n_gpu > 1:
             raise ValueError("mixing: not with torch.nn.DataParallel; start one process per GPU (torchrun, accelerate)")
-        self._student_encoder = WrappedEncoder(self.model)
         self._teacher_encoder = WrappedEncoder(self.teacher.model).through(self.teacher)
 
     def complete(self, batches: list[Any]) -> list[Any]:
@@ -117,6 +131,7 @@ class DistillTrainer(AccumulatedMean, Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """The distillation loss of a micro-batch; see `transformers.Trainer`."""
+        self._bind_student()
         divisor = self.divisor(num_items_in_batch)
         if self.task == "causal_lm":
             loss, outputs = self._token_loss(model, inputs, divisor, with_logits=return_outputs)
@@ -135,6 +150,7 @@ class DistillTrainer(AccumulatedMean, Trainer):
         return self.loss.options.kd_weight, self.loss.options.ce_weight
 
     def evaluate_rows(self, model: Any, inputs: Any, with_outputs: bool) -> EvaluatedRows:
+        self._bind_student()
         if self.task == "causal_lm":
             rows, labels, outputs = self._token_loss.rows(model, inputs, with_logits=with_outputs)
             return EvaluatedRows(rows.kd.sum(-1), rows.task.sum(-1), labels.ne(IGNORED).sum(-1), outputs)

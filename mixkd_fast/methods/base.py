@@ -53,8 +53,8 @@ class RowScores(NamedTuple):
     """[N]: numbers in the source, ascending; rows that were too long for a prompt and an answer are not scored."""
     mean_nll: NDArray[np.float64]
     """[N]: mean negative log-likelihood of a row's targets, in nats."""
-    read_by: tuple[str, int]
-    """Hash of the tokenizer, and max_length in tokens, that made sequences of the rows."""
+    read_by: tuple[str, int, str]
+    """Hash of the tokenizer, and max_length in tokens, that made sequences of the rows; hash of these sequences."""
 
 
 class RowChoice(NamedTuple):

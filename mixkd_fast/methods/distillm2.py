@@ -45,10 +45,11 @@ class DistiLLM2(SkewedDistillation):
     ) -> Batch:
         """y_T, with y_S as its companion."""
         assert teacher is not None and isinstance(extras, TeacherAnswers)
-        rows = batch
         if self.teacher_answers == "generated":
             extras.write(teacher.generate)
             rows = extras.answered(batch)
+        else:
+            rows = extras.writer.given(batch)
         rows.companion = extras.writer.write(batch, student.generate, STUDENT, moment.step)
         return rows
 

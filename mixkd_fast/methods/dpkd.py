@@ -47,6 +47,7 @@ class BothAnswers(TeacherAnswers):
             }
             for part in self._gather(new):
                 self.written |= part
+            self.written = {row: of for row, of in self.written.items() if step - of[0] < self.write_every}
         return self.joined(batch, [self.written[row][1].long() for row in rows])
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -99,10 +100,11 @@ class DPKD(Method, OnPolicy):
     ) -> Batch:
         """y_T, with y_S as its companion."""
         assert teacher is not None and isinstance(extras, BothAnswers)
-        rows = batch
         if self.teacher_answers == "generated":
             extras.write(teacher.generate)
             rows = extras.answered(batch)
+        else:
+            rows = extras.writer.given(batch)
         rows.companion = extras.students(batch, student.generate, moment.step)
         return rows
 

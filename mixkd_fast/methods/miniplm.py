@@ -56,8 +56,9 @@ def difference_sampling(teacher: RowScores, reference: RowScores, ratio: float) 
     """
     if teacher.read_by != reference.read_by or not np.array_equal(teacher.rows, reference.rows):
         raise DataError(
-            "method.reference_nll: its model read the rows with another tokenizer or max_length than the teacher, so "
-            "their scores cannot be compared; score both with one tokenizer and max_length"
+            "method.reference_nll: its model read the rows with another tokenizer or max_length, or otherwise written "
+            "(task.prompt_template, task.chat_template), than the teacher, so their scores cannot be compared; score "
+            "both by one configuration"
         )
     scores: NDArray[np.float64] = reference.mean_nll - teacher.mean_nll
     count = max(1, round(ratio * len(scores)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mixkd_fast.errors import ModelError
 from mixkd_fast.language_task import Sampling
 
 if TYPE_CHECKING:
@@ -48,16 +49,22 @@ class MixedSampler:
         new_ids, mask = prompt_ids, prompt_mask
         ended = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
         together = any(hasattr(p, "ds_id") for model, _ in models for p in model.model.parameters())
-        tokens = []
-        for _ in range(min(options.max_new_tokens, *(_room(model, prompt_ids) for model, _ in models))):
+        own = min(options.max_new_tokens, *(_room(model, prompt_ids) for model, _ in models))
+        tokens: list[Tensor] = []
+        for _ in range(_longest(own, together, device)):
+            if len(tokens) >= own:
+                # Others go on: any forward will do, one that needs no further positions.
+                new_ids, caches = prompt_ids[:, -1:], [None] * len(models)
+                mask = torch.ones_like(new_ids)
             parts = []
             for number, (model, weight) in enumerate(models):
                 logits, caches[number] = model.next_logits(new_ids, mask, caches[number])
                 parts.append((logits, weight))
-            token = torch.multinomial(_mixture(parts, num_tokens), 1, generator=random)[:, 0]
-            tokens.append(token.where(~ended, pad_id))
-            ended = ended | torch.isin(token, eos_ids)
-            if _all_ended(ended, together):
+            if len(tokens) < own:
+                token = torch.multinomial(_mixture(parts, num_tokens), 1, generator=random)[:, 0]
+                tokens.append(token.where(~ended, pad_id))
+                ended = ended | torch.isin(token, eos_ids)
+            if _all_ended(ended | (len(tokens) >= own), together):
                 break
             new_ids = tokens[-1][:, None]
             mask = torch.cat([mask, torch.ones_like(new_ids)], 1)
@@ -75,8 +82,20 @@ def _mixture(parts: list[tuple[Tensor, float]], num_tokens: int | None) -> Tenso
 
 
 def _room(model: Any, prompt_ids: Tensor) -> int:
+    """Raises: ModelError where there is none."""
     limit = getattr(model.model.config, "max_position_embeddings", None)
-    return max(1, limit - prompt_ids.shape[1]) if limit else 2**31
+    if limit and limit <= prompt_ids.shape[1]:
+        raise ModelError(f"a prompt of {prompt_ids.shape[1]} tokens leaves the model no position for an answer")
+    return limit - prompt_ids.shape[1] if limit else 2**31
+
+
+def _longest(own: int, together: bool, device: torch.device) -> int:
+    """The most tokens that any rank may draw, where they must go on together."""
+    if not (together and torch.distributed.is_initialized()):
+        return own
+    most = torch.tensor(own, device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def _all_ended(ended: Tensor, together: bool) -> bool:

@@ -6,6 +6,7 @@ Legend of shape suffixes: B clean rows, L positions, P positions of the longest 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -14,8 +15,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mixkd_fast.data.next_tokens import generated_mask, left_padded_prompts, next_token_labels, with_answers
-from mixkd_fast.language_task import Sampling
+from mixkd_fast.data.next_tokens import (
+    generated_mask,
+    left_padded_prompts,
+    next_token_labels,
+    response_mask,
+    with_answers,
+)
+from mixkd_fast.language_task import Sampling, vocabulary_size
 from mixkd_fast.methods.base import Setting
 from mixkd_fast.section import Section
 
@@ -60,7 +67,8 @@ class Writer(nn.Module):
         super().__init__()
         tokenizer = setting.tokenizer
         self.options, self.seed, self.max_length = options, setting.seed, setting.rows.max_length
-        self.pad_id, self.eos_id, self.num_tokens = int(tokenizer.pad_token_id), tokenizer.eos_token_id, len(tokenizer)
+        self.pad_id, self.eos_id = int(tokenizer.pad_token_id), tokenizer.eos_token_id
+        self.num_tokens = vocabulary_size(tokenizer)
 
     def write(self, batch: Batch, generate: Generate, purpose: int, step: int) -> Batch:
         """The batch's prompts with a model's continuations in the place of their answers.
@@ -73,11 +81,12 @@ class Writer(nn.Module):
     def continued(self, batch: Batch, generate: Generate, purpose: int, step: int) -> tuple[Tensor, Tensor]:
         """Continuations of the prompts and which of their tokens count, int64 [B, T] both.
 
-        A row counts up to its end-of-text token, and no further than where it fills max_length.
+        A row counts up to its end-of-text token, and no further than where it fills max_length: not at all where its
+        prompt does.
         """
-        prompt_ids, prompt_mask, lengths = self._prompts(batch)
-        room = (self.max_length - lengths).clamp(min=1)
-        most = min(self.options.generation.max_new_tokens, int(room.max()))
+        prompt_ids, prompt_mask, _ = self._prompts(batch)
+        room = (self.max_length - self._prompt_lengths(batch)).clamp(min=0)
+        most = max(1, min(self.options.generation.max_new_tokens, int(room.max())))
         sampling = self.options.generation.model_copy(update={"max_new_tokens": most})
         draws = generator(self.seed, purpose, step, int(batch.row_ids[0]))
         eos_ids = torch.tensor([self.eos_id], dtype=torch.int64, device=prompt_ids.device)
@@ -85,6 +94,19 @@ class Writer(nn.Module):
         generated = generate(prompt_ids, prompt_mask, sampling, seed, eos_ids, self.pad_id, self.num_tokens)
         within = torch.arange(generated.shape[1]) < room[:, None]
         return generated, generated_mask(generated, eos_ids) * within.to(generated.device)
+
+    def given(self, batch: Batch) -> Batch:
+        """The batch with its own answers to the prompts that `write` continues.
+
+        Of plain text the prompt is the first share of a block, which then is not learnt.
+        """
+        rows = slice(0, batch.num_rows)
+        assert batch.prompt_lengths is not None
+        if bool((batch.prompt_lengths[rows] > 0).all()):
+            return batch
+        lengths, ids, mask = self._prompt_lengths(batch), batch.input_ids[rows], batch.attention_mask[rows]
+        labels = next_token_labels(ids, response_mask(lengths, mask), mask)
+        return replace(batch, labels=labels, prompt_lengths=lengths)
 
     def joined(self, batch: Batch, generated: Tensor, kept: Tensor) -> Batch:
         """The prompts with these continuations, as a batch to train on: see `batch_of`."""
@@ -128,13 +150,20 @@ class Writer(nn.Module):
         )
 
     def _prompts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Prompts padded on the left and their mask, int64 [B, P], and their lengths, int64 [B] on the CPU."""
+        """Prompts padded on the left and their mask, int64 [B, P], and their lengths, int64 [B] on the CPU.
+
+        One that fills max_length lacks its last token: a model has a position for one token more, which counts nothing.
+        """
+        lengths = self._prompt_lengths(batch).clamp(max=max(1, self.max_length - 1))
+        return *left_padded_prompts(batch.input_ids[: batch.num_rows], lengths, self.pad_id), lengths
+
+    def _prompt_lengths(self, batch: Batch) -> Tensor:
+        """int64 [B] on the CPU."""
         rows = slice(0, batch.num_rows)
         assert batch.prompt_lengths is not None and batch.row_lengths is not None
         given, whole = batch.prompt_lengths[rows], batch.row_lengths[rows]
         begun = (whole * self.options.prompt_share).long().clamp(min=1)
-        lengths = torch.where(given > 0, given, begun)
-        return *left_padded_prompts(batch.input_ids[rows], lengths, self.pad_id), lengths
+        return torch.where(given > 0, given, begun)
 
 
 def _of_width(tensor: Tensor, width: int, value: int) -> Tensor:

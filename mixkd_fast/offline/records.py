@@ -18,6 +18,10 @@ from mixkd_fast.ops.linear_reference import head_logits
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _CHUNK_BYTES = 256 << 20
+_BYTES_OF_ROW = 40
+"""Beside the records of its targets: offsets, checksums, and the sums of kind "nll"."""
+MOST_TARGETS = 2**20
+"""Of a shard: what a kill loses at most, and what one rank does while others wait."""
 
 
 def top_k_records(
@@ -71,15 +75,16 @@ def bytes_per_token(kind: StoreKind, dtype: StoreDtype, k: int | None, width: in
 
 
 def shard_cuts(num_targets_N: NDArray[np.int64], per_token: int, shard_bytes: float) -> tuple[int, ...]:
-    """Where shards end, so that none is larger than shard_bytes unless one row is: row numbers from 0 to N.
+    """Where shards end: row numbers from 0 to N. None has more than shard_bytes or MOST_TARGETS, unless one row has.
 
     A function of the rows alone, so that every number of ranks writes the same files.
     """
-    sizes_N = num_targets_N * per_token + 40
-    cuts, filled = [0], 0
-    for row, size in enumerate(sizes_N.tolist()):
-        if filled and filled + size > shard_bytes:
+    cuts, filled, targets = [0], 0, 0
+    for row, count in enumerate(num_targets_N.tolist()):
+        size = count * per_token + _BYTES_OF_ROW
+        if filled and (filled + size > shard_bytes or targets + count > MOST_TARGETS):
             cuts.append(row)
-            filled = 0
+            filled = targets = 0
         filled += size
-    return (*cuts, len(sizes_N))
+        targets += count
+    return (*cuts, len(num_targets_N))

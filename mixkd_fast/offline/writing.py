@@ -24,6 +24,7 @@ from mixkd_fast.offline.manifest import (
     write_json,
 )
 from mixkd_fast.offline.shard_file import with_checksums, write_tensors
+from mixkd_fast.shared_folder import PREFIX, require_shared
 
 
 class StoreWriter:
@@ -36,7 +37,7 @@ class StoreWriter:
         """The shards that are still to be made: those that are not there, or do not have their sha256 any more.
 
         Raises: DataError where the folder holds a store of something else, or other files; MixKDError if the disk
-        refuses.
+        refuses; ConfigurationError where the ranks do not share the folder.
         """
         pending: list[int] = []
         error: Exception | None = None
@@ -46,6 +47,7 @@ class StoreWriter:
             except (OSError, MixKDError) as caught:
                 error = caught
         self.agree(error)
+        require_shared(self.folder, "--output")
         found: list[int] = distributed.broadcast_object(pending)
         return found
 
@@ -54,7 +56,7 @@ class StoreWriter:
         folder.mkdir(parents=True, exist_ok=True)
         manifest, writing = read_json(folder / MANIFEST), read_json(folder / WRITING)
         if manifest is None and writing is None:
-            others = [path.name for path in folder.iterdir() if not path.name.startswith(ASIDE)]
+            others = [path.name for path in folder.iterdir() if not path.name.startswith((ASIDE, PREFIX))]
             if others:
                 raise DataError(f"{folder} holds other files ({min(others)}, ...); name a new or empty folder")
             write_json(folder / WRITING, asdict(self.origin))
@@ -101,32 +103,44 @@ class StoreWriter:
     def agree(self, error: Exception | None) -> None:
         """Raise on every rank what any rank met.
 
-        Raises: DataError as it is; MixKDError that says what is finished for an error of the disk.
+        Raises: MixKDError: this rank's own as it is, another's with its message; for an error of the disk, one that
+        says what is finished.
         """
-        message = distributed.first_error(error)
-        if message is None:
-            return
+        failure = None if error is None else (isinstance(error, OSError), str(error))
+        # One rank's shard may take long while another has none left.
+        failures = [found for found in distributed.gather_objects(failure, patient=True) if found is not None]
         if isinstance(error, MixKDError):
             raise error
-        done = sum(self._facts(number).exists() for number in range(self.origin.num_shards))
-        raise MixKDError(
-            f"cannot write to {self.folder} ({message}). {done} of {self.origin.num_shards} shards are finished and "
-            "stay; free space or mend the folder, then run the same command again"
-        ) from error
+        if not failures:
+            return
+        is_of_disk, message = failures[0]
+        if is_of_disk:
+            done = sum(self._facts(number).exists() for number in range(self.origin.num_shards))
+            message = (
+                f"cannot write to {self.folder} ({message}). {done} of {self.origin.num_shards} shards are finished "
+                "and stay; free space or mend the folder, then run the same command again"
+            )
+        raise MixKDError(message) from error
 
     def finish(self, head: dict[str, Tensor] | None) -> None:
         """Write the teacher's head, if it belongs to the store, and the manifest. Args: head, of rank 0."""
-        error: OSError | None = None
+        error: Exception | None = None
         distributed.barrier()
         if distributed.rank() == 0:
             try:
                 self._finish(head)
-            except OSError as caught:
+            except (OSError, MixKDError) as caught:
                 error = caught
         self.agree(error)
 
     def _finish(self, head: dict[str, Tensor] | None) -> None:
         shards = [read_json(self._facts(number)) for number in range(self.origin.num_shards)]
+        missing = [shard_name(number) for number, facts in enumerate(shards) if facts is None]
+        if missing:
+            raise DataError(
+                f"{self.folder}: {', '.join(missing[:8])} ({len(missing)} of {len(shards)} shards) went away while the "
+                "others were made; run the same command again"
+            )
         content: dict[str, Any] = {"origin": asdict(self.origin), "shards": shards}
         if head is not None:
             content["head"] = write_tensors(self.folder / HEAD, head)

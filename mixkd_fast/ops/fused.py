@@ -16,6 +16,8 @@ DIVERGENCE_INDEX = {name: index for index, name in enumerate(get_args(Divergence
 REDUCTION_INDEX = {name: index for index, name in enumerate(get_args(Reduction))}
 CLASS_NAMES = ("labels", "partner_labels", "teacher_logits.indices")
 """What holds class numbers, as the kernels' errors call it."""
+RowArguments = tuple[int, float, float, float, float, float, bool, float, float, bool, int]
+"""The arguments of the ops from divergence to ignore_index."""
 
 
 def kd_loss(
@@ -75,17 +77,7 @@ def _call(
         flat_lam(lam, rows, compute, flat.device),
         row_weights,
         _normalizer(normalizer, compute, flat.device),
-        DIVERGENCE_INDEX[options.divergence],
-        options.temperature,
-        options.beta,
-        options.alpha,
-        options.ab_alpha,
-        options.ab_beta,
-        options.detach_mixture,
-        options.kd_weight,
-        options.ce_weight,
-        tail_mass,
-        ignore_index,
+        *row_arguments(options, tail_mass, ignore_index),
         REDUCTION_INDEX[reduction],
         need_grad,
         not compiling,
@@ -95,8 +87,8 @@ def _call(
             loss, kd, ce, _ = OVERLOADS[name](flat, *arguments)
         elif need_grad:
             parts: list[Tensor] = []
-            # A leaf is somebody's parameter, a copy of the logits not theirs to reuse.
-            in_place = options.inplace and not student_logits.is_leaf and fits_in_place(name, student_logits, arguments)
+            reusable = options.inplace and not _is_of_a_leaf(student_logits)
+            in_place = reusable and fits_in_place(name, student_logits, arguments)
             loss = KDLossFunction.apply(flat, arguments, name, parts, in_place)
             kd, ce = parts
         else:
@@ -108,6 +100,29 @@ def _call(
     if reduction == "none" and len(rows) != 1:
         loss, kd, ce = loss.view(rows), kd.view(rows), ce.view(rows)
     return loss, kd, ce
+
+
+def row_arguments(options: RowOptions, tail_mass: bool, ignore_index: int) -> RowArguments:
+    """See `RowArguments`."""
+    return (
+        DIVERGENCE_INDEX[options.divergence],
+        options.temperature,
+        options.beta,
+        options.alpha,
+        options.ab_alpha,
+        options.ab_beta,
+        options.detach_mixture,
+        options.kd_weight,
+        options.ce_weight,
+        tail_mass,
+        ignore_index,
+    )
+
+
+def _is_of_a_leaf(logits: Tensor) -> bool:
+    """Whether the memory of the logits is a leaf's: somebody's parameter, not theirs to reuse."""
+    base = logits._base
+    return logits.is_leaf or (base is not None and base.is_leaf)
 
 
 def _matrix(logits: Tensor) -> Tensor:

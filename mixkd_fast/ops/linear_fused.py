@@ -19,11 +19,9 @@ from mixkd_fast.ops import (
     linear_schema,
 )
 from mixkd_fast.ops.checks import readable
-from mixkd_fast.ops.fused import DIVERGENCE_INDEX, flat_lam, flat_rows
+from mixkd_fast.ops.fused import CLASS_NAMES, flat_lam, flat_rows, row_arguments
 from mixkd_fast.ops.linear_reference import reduced
 from mixkd_fast.ops.schema import refuse_forward_mode
-
-CLASS_NAMES = ("labels", "partner_labels", "teacher_logits.indices")
 
 
 def linear_kd_loss(
@@ -86,7 +84,7 @@ def arguments_of(
     """The op's arguments: rows flattened, numbers on the device, each side with the dtype of its products."""
     student, teacher = inputs.student, inputs.teacher
     rows, device = student.hidden.shape[:-1], student.hidden.device
-    dtype = linear_products.product_dtype(student.hidden, student.weight)
+    dtype = linear_products.product_dtype(*student[:3])
     head = teacher if isinstance(teacher, HeadInputs) else None
     logprobs = indices = None
     teacher_dtype = dtype
@@ -99,7 +97,7 @@ def arguments_of(
         logprobs = teacher.logprobs.detach().to(compute).reshape(-1, count).contiguous()
         tail_mass = teacher.tail_mass
     elif teacher is not None:
-        teacher_dtype = linear_products.product_dtype(teacher.hidden, teacher.weight)
+        teacher_dtype = linear_products.product_dtype(*teacher[:3])
         compute = torch.promote_types(compute, linear_products.logits_dtype(teacher_dtype))
     return linear_schema.Arguments(
         _matrix(student.hidden),
@@ -120,17 +118,7 @@ def arguments_of(
         1.0 if head is None else head.scale,
         dtype,
         teacher_dtype,
-        DIVERGENCE_INDEX[options.divergence],
-        options.temperature,
-        options.beta,
-        options.alpha,
-        options.ab_alpha,
-        options.ab_beta,
-        options.detach_mixture,
-        options.kd_weight,
-        options.ce_weight,
-        tail_mass,
-        ignore_index,
+        *row_arguments(options, tail_mass, ignore_index),
         kernel,
         max(1, int(limits.max_logits_mib * 2**20)),
         not torch.compiler.is_compiling(),

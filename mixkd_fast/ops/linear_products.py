@@ -16,9 +16,11 @@ WIDENED_BYTES = 8 * 2**20
 """A tile of a head in fp32: the second-level caches of a few cores."""
 
 
-def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Of the factors: the wider one's; under autocast autocast's. A CPU multiplies in fp32 at least."""
+def product_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Of the factors: the wider one's; on a GPU under autocast its own; fp64 if the bias is. On a CPU fp32 at least."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if bias is not None and bias.dtype == torch.float64:
+        dtype = bias.dtype
     device_type = hidden.device.type
     if device_type == "cpu":
         return torch.promote_types(dtype, torch.float32)

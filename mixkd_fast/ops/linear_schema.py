@@ -5,6 +5,8 @@ from above (reduction "none": `linear_kd_loss_rows`) the forward finds the rows 
 with what arrives as weights of rows. Legend of shape suffixes: N rows, H width of hidden states, C classes.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -99,14 +101,21 @@ class Arguments(NamedTuple):
         return student, side(self.teacher_hidden, self.teacher_weight, self.teacher_bias, *others)
 
 
+@contextmanager
+def computing_on(tensor: Tensor) -> Iterator[None]:
+    """No graph, no autocast (which would round products to its dtype), and the tensor's GPU as the current one, whose
+    streams are then those that are asked and recorded on."""
+    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+        yield
+
+
 def _kernel(*arguments: Any) -> tuple[Tensor, ...]:
     """The op: see RESULTS; a gradient that `needs` does not name is [0]."""
     *given, needs = arguments
     call = Arguments._make(given).detached()
     values = RowValues(*call[6:12])
     new_empty = call.student_hidden.new_empty
-    # Products of autocast's dtype would be rounded to it.
-    with torch.no_grad(), torch.autocast(call.student_hidden.device.type, enabled=False):
+    with computing_on(call.student_hidden):
         student, teacher = call.sides()
         kd, ce, gradients = linear_kd_loss(
             student,
@@ -228,17 +237,30 @@ def _rows_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    ctx.save_for_backward(*tensors)
-    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
-    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+    save_arguments(ctx, inputs)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _rows_backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def save_arguments(ctx: Any, arguments: Sequence[Any]) -> None:
+    """Keep the op's arguments for a backward, which is told if one has been overwritten by then.
+
+    Autograd saves no tensor that was made in inference mode: of such a one it gets a copy.
+    """
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    ctx.save_for_backward(*(value.clone() if value.is_inference() else value for value in tensors))
+    ctx.others = [None if isinstance(value, Tensor) else value for value in arguments]
+    ctx.is_tensor = [isinstance(value, Tensor) for value in arguments]
+
+
+def saved_arguments(ctx: Any) -> Arguments:
+    """What `save_arguments` kept."""
     tensors = iter(ctx.saved_tensors)
     pairs = zip(ctx.others, ctx.is_tensor, strict=True)
-    call = Arguments._make(next(tensors) if is_tensor else value for value, is_tensor in pairs)
+    return Arguments._make(next(tensors) if is_tensor else value for value, is_tensor in pairs)
+
+
+def _rows_backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    call = saved_arguments(ctx)
     needs = sum(bit for bit, needed in zip((HIDDEN, WEIGHT, BIAS), ctx.needs_input_grad[:3], strict=True) if needed)
     grad_output = grad_output.contiguous()
     weights = grad_output if call.row_weights is None else call.row_weights * grad_output

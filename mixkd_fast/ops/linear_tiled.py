@@ -13,7 +13,14 @@ from mixkd_fast.ops import LinearInputs, LinearLimits, LinearResults, Reduction,
 from mixkd_fast.ops.linear_chunks import BIAS, HIDDEN, WEIGHT, RowValues
 from mixkd_fast.ops.linear_fused import arguments_of
 from mixkd_fast.ops.linear_reference import reduced
-from mixkd_fast.ops.linear_schema import Arguments, needs_of, scaled_gradients
+from mixkd_fast.ops.linear_schema import (
+    Arguments,
+    computing_on,
+    needs_of,
+    save_arguments,
+    saved_arguments,
+    scaled_gradients,
+)
 from mixkd_fast.ops.linear_tiles import TiledJob
 from mixkd_fast.ops.linear_tiles import linear_kd_loss as run
 from mixkd_fast.ops.schema import graph_is_kept, refuse_forward_mode, refusing_a_second_derivative
@@ -115,7 +122,7 @@ def _job(call: Arguments, setting: Setting) -> TiledJob:
 
 
 def _run(call: Arguments, setting: Setting, needs: int) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    with torch.no_grad(), torch.autocast(call.student_hidden.device.type, enabled=False):
+    with computing_on(call.student_hidden):
         return run(_job(call.detached(), setting), needs)
 
 
@@ -137,10 +144,11 @@ class TiledFunction(torch.autograd.Function):
         """The first three are those of `call`, given by themselves for autograd to see."""
         kd, ce, gradients = _run(call, setting, 0 if by_row else needs)
         parts += (kd, ce)
-        ctx.call, ctx.setting, ctx.needs, ctx.by_row = call._replace(**_NO_LEAVES), setting, needs, by_row
+        ctx.needs, ctx.by_row = needs, by_row
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in call[:3]]
         if by_row:
-            ctx.save_for_backward(student_hidden, student_weight, student_bias)
+            save_arguments(ctx, (student_hidden, student_weight, student_bias, *call[3:]))
+            ctx.setting = setting
             return kd + ce
         loss = kd.sum() + ce.sum()
         ctx.save_for_backward(loss, *gradients)
@@ -154,18 +162,15 @@ class TiledFunction(torch.autograd.Function):
             reuse = not graph_is_kept() and not torch.is_grad_enabled()
             found = scaled_gradients(ctx.needs, saved, ctx.dtypes, loss, grad_output, reuse)
             return *found, *(None,) * 5
-        hidden, weight, bias = ctx.saved_tensors
-        call = ctx.call._replace(student_hidden=hidden, student_weight=weight, student_bias=bias)
+        call = saved_arguments(ctx)
         weights = grad_output if call.row_weights is None else call.row_weights * grad_output
         _, _, gradients = _run(call._replace(row_weights=weights.contiguous()), ctx.setting, ctx.needs)
         wanted = [g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True) if g is not None]
         if torch.is_grad_enabled():
-            sources = [x for x in (hidden, weight, bias, grad_output) if x is not None and x.requires_grad]
+            sources = [x for x in (*call[:3], grad_output) if x is not None and x.requires_grad]
             wanted = refusing_a_second_derivative("linear_kd_loss", wanted, sources)
         each = iter(wanted)
         return *(next(each) if ctx.needs & bit else None for bit in _BITS), *(None,) * 5
 
 
 _BITS = (HIDDEN, WEIGHT, BIAS)
-# What the graph holds of them is saved by autograd, which notices when it is overwritten.
-_NO_LEAVES: dict[str, Any] = {"student_hidden": None, "student_weight": None, "student_bias": None}

@@ -10,7 +10,7 @@ Legend of shape suffixes: N rows, n rows of a chunk, H width of hidden states, w
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -229,28 +229,42 @@ class Pass:
 
     def terms(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(D's share [n], v [n, w], q [n, w]) of a tile."""
-        log_q = s / self.tau - self.student.log_total(self.tau)
-        log_p = t / self.tau - self.teacher.log_total(self.tau)
+        log_p, log_q = self._logarithms(s, t)
         if self.job.divergence == "forward_kl":
             value = reference.forward_kl(log_p, log_q, self.job.options)
             return value, log_p.exp_().neg_(), log_q.exp_()
-        formula = reference.DIVERGENCES[self.job.divergence]  # type: ignore[index]
         with torch.enable_grad():
             leaf = log_q.detach().requires_grad_()
-            value = formula(log_p, leaf, self.job.options)
+            value = self._formula(log_p, leaf, self.job.options)
             (v,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), v, log_q.exp_()
 
-    def sum_terms(self) -> None:
-        """The second pass, where there is one: D and the sum of v."""
+    def _logarithms(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(log p, log q) of a tile, [n, w]."""
+        log_q = s / self.tau - self.student.log_total(self.tau)
+        return t / self.tau - self.teacher.log_total(self.tau), log_q
+
+    @property
+    def _formula(self) -> Callable[[Tensor, Tensor, RowOptions], Tensor]:
+        return reference.DIVERGENCES[self.job.divergence]  # type: ignore[index]
+
+    def sum_terms(self, needs: int) -> None:
+        """The second pass, where there is one: D, and the sum of v if a gradient needs it.
+
+        Without a gradient nothing is derived: in inference mode nothing could be.
+        """
         value = torch.zeros_like(self.student.total)
         sum_v = torch.zeros_like(value)
         for tile in self._tiles:
             if tile.shared:
                 s, t = self.logits(tile)
                 assert t is not None
-                part, v, _ = self.terms(s, t)
-                value, sum_v = value + part, sum_v + v.sum(-1)
+                if needs:
+                    part, v, _ = self.terms(s, t)
+                    sum_v = sum_v + v.sum(-1)
+                else:
+                    part = self._formula(*self._logarithms(s, t), self.job.options)
+                value = value + part
         self.value, self.sum_v = self._reduced([value, sum_v])
 
     def row_losses(self) -> tuple[Tensor, Tensor]:
@@ -368,7 +382,7 @@ def linear_kd_loss(job: TiledJob, needs: int) -> tuple[Tensor, Tensor, Gradients
         work.read_statistics()
         in_gradient = job.divergence == "forward_kl" and needs
         if job.divergence not in ("none", "mse") and not in_gradient:
-            work.sum_terms()
+            work.sum_terms(needs)
         if needs:
             work.add_gradients(rows, gradients, needs)
         kd[rows], ce[rows] = work.row_losses()

@@ -269,7 +269,7 @@ def divisor_of_rows(
 ) -> Tensor:
     """What "mean" divides by, 0 replaced by 1: then there is nothing to divide. rows, weights, keep: [...]."""
     if normalizer is not None:
-        divisor = torch.as_tensor(normalizer).detach().to(rows.dtype).reshape(())
+        divisor = torch.as_tensor(normalizer, dtype=rows.dtype).detach().reshape(())
     elif weights is not None:
         divisor = (weights if keep is None else torch.where(keep, weights, 0.0)).sum()
     elif keep is not None:

@@ -24,6 +24,10 @@ def assumptions(plan: Plan, config: Config) -> list[str]:
             "causal. Every rank reads the whole student into its memory before DeepSpeed shares it; generated text "
             "is not counted."
         )
+    if config.teacher is not None and config.teacher.offline is not None:
+        reads = "The teacher does not run on the clean rows: its answers come from teacher.offline"
+        unread = f", {config.teacher.offline!r}, which is not here: they, and a kept output layer, are not counted"
+        texts.append(f"{reads}{'' if any_work.stored is not None else unread}.")
     if plan.placement.teacher_offload != "none":
         texts.append(
             f"The teacher is fetched once per micro-batch: {hardware.HOST_LINK_BYTES_PER_S / 1e9:.0f} GB/s from the "

@@ -122,9 +122,9 @@ def decoder_attention_flops(shape: DecoderShape, lengths: Lengths) -> float:
     return 4.0 * pairs * shape.attention_size
 
 
-def head_flops(shape: DecoderShape, tokens: float) -> float:
+def head_flops(head_parameters: int, tokens: float) -> float:
     """FLOPs of the output layer for so many positions."""
-    return 2.0 * tokens * shape.head_parameters
+    return 2.0 * tokens * head_parameters
 
 
 def _pairs(lengths: Lengths, window: int | None) -> float:

@@ -8,9 +8,10 @@ from mixkd_fast.configuration import Config, Task
 from mixkd_fast.data.language_tokens import tokenize_language_rows
 from mixkd_fast.data.loading import load_splits
 from mixkd_fast.data.prompts import PromptStyle
+from mixkd_fast.data.tokenization import TokenRows
 from mixkd_fast.errors import MixKDError
 from mixkd_fast.planning.models import plan_tokenizer
-from mixkd_fast.planning.row_lengths import LARGEST_FILES_BYTES, SAMPLED_ROWS, RowLengths, files_bytes
+from mixkd_fast.planning.row_lengths import LARGEST_FILES_BYTES, SAMPLED_ROWS, RowLengths, files_bytes, streamed_sample
 
 
 def language_row_lengths(config: Config) -> RowLengths:
@@ -26,15 +27,22 @@ def language_row_lengths(config: Config) -> RowLengths:
     except MixKDError as error:
         reason = str(error).partition(";")[0]
         return _full(task, f"assumed, every row as long as task.max_length: the tokenizer is not here ({reason})")
+    if task.streaming:
+        tokens, num_rows = streamed_sample(config, tokenizer)
+        return _measured(tokens, task, num_rows, f"{len(tokens):,} of {num_rows:,} streamed rows, tokenised")
     rows = load_splits(task).train
     chosen = rows.select(np.random.default_rng(0).permutation(len(rows))[:SAMPLED_ROWS])
     tokens = tokenize_language_rows(chosen, tokenizer, task.max_length, None, PromptStyle.of(task))
-    share = float(tokens.num_targets.sum() / tokens.lengths.sum())
     # Blocks of packed texts, or rows that are not left out.
     count = max(1, round(len(rows) * len(tokens) / len(chosen)))
     what = "documents, packed" if "text" in rows.column_names else "instructions, tokenised"
-    source = f"{len(chosen):,} of the task's {len(rows):,} {what}; {share:.0%} of the tokens are learnt"
-    return RowLengths(np.bincount(tokens.lengths - 1), count, task.max_length, source, share)
+    return _measured(tokens, task, count, f"{len(chosen):,} of the task's {len(rows):,} {what}")
+
+
+def _measured(tokens: TokenRows, task: Task, num_rows: int, what: str) -> RowLengths:
+    share = float(tokens.num_targets.sum() / tokens.lengths.sum())
+    counts = np.bincount(tokens.lengths - 1)
+    return RowLengths(counts, num_rows, task.max_length, f"{what}; {share:.0%} of the tokens are learnt", share)
 
 
 def _full(task: Task, source: str) -> RowLengths:

@@ -60,16 +60,21 @@ def loss_bytes(
     """(logits of both heads at once, heads and hidden states beside them) while the loss is computed.
 
     Logits of student, teacher and gradient are bounded by max_logits_mib. Beside them are the heads as far as ZeRO-3
-    keeps them in parts, the gradient of a trained head in fp32, and the hidden states with the student's gradient.
+    keeps them in parts, the gradient of a trained head in fp32, and the hidden states with the student's gradient; of
+    a teacher store its answers, and the output layer that it has kept.
     """
     shape, positions = _decoder(student), work.student_rows * work.widest
     limit = work.max_logits_mib * 2**20
-    logits = min(limit, 4 * positions * shape.vocab_size * (1 if teacher is None else 2))
+    is_asked = teacher is not None and work.teacher_rows > 0
+    has_logits = is_asked or (work.stored is not None and work.stored.num_classes > 0)
+    logits = min(limit, 4 * positions * shape.vocab_size * (2 if has_logits else 1))
     element = BYTES[work.student_precision]
     heads = 2 * positions * shape.hidden_size * element
     heads += element * shape.head_parameters if student_stage == 3 else 0
     heads += 0 if student.num_frozen else 4 * shape.head_parameters
-    if teacher is not None:
+    if work.stored is not None:
+        heads += work.stored.head_bytes + work.micro_batch_size * work.widest * work.stored.position_bytes
+    if teacher is not None and is_asked:
         theirs, element = _decoder(teacher), BYTES[work.teacher_precision]
         heads += work.teacher_rows * work.widest * theirs.hidden_size * element
         heads += element * theirs.head_parameters if teacher_stage == 3 else 0

@@ -17,6 +17,7 @@ from mixkd_fast.planning.hardware import (
 from mixkd_fast.planning.memory import Placement
 from mixkd_fast.planning.models import PlannedModel
 from mixkd_fast.planning.parts import Part
+from mixkd_fast.planning.stored_answers import StoredAnswers
 from mixkd_fast.planning.workload import BYTES, Workload
 
 _FORWARD_KERNELS = 30
@@ -55,6 +56,8 @@ def language_parts(
     parts = _model_parts(
         "student", student, work, student_shares, passes, rates(student), BYTES[work.student_precision]
     )
+    if work.stored is not None and work.stored.num_classes:
+        parts.append(_kept_head_part(work.stored, work, rates(student), BYTES[work.student_precision]))
     if teacher is None:
         return parts
     shares = {"clean": work.teacher_clean_share, "mixed": float(work.teacher_mixed)}
@@ -81,7 +84,9 @@ def _model_parts(
         if repeats:
             parts.append(_body_part(f"{who}, {name} rows", model, lengths_BN, passes, rates, element, repeats))
             tokens = lengths_BN.shape[1] * work.lengths.real_tokens * work.target_share
-            parts.append(_head_part(f"{who}, {name} rows, head", model, tokens, passes, rates, element, repeats))
+            shape, head = _decoder(model), f"{who}, {name} rows, head"
+            sizes = shape.head_parameters, shape.vocab_size
+            parts.append(_head_part(head, *sizes, tokens, passes, rates, element, repeats))
     return parts
 
 
@@ -110,13 +115,26 @@ def _body_part(
     return Part(name, repeats * (linear + attention), repeats * (moved + weights_read), repeats * seconds)
 
 
+def _kept_head_part(stored: StoredAnswers, work: Workload, rates: Rates, element: int) -> Part:
+    """The output layer that a teacher store has kept, over its hidden states."""
+    tokens = work.lengths.clean.shape[1] * work.lengths.real_tokens * work.target_share
+    sizes = stored.num_classes * stored.width, stored.num_classes
+    return _head_part("teacher, kept head", *sizes, tokens, _Passes(1.0, 1.0, 1.0), rates, element, work.accumulation)
+
+
 def _head_part(
-    name: str, model: PlannedModel, tokens: float, passes: _Passes, rates: Rates, element: int, repeats: float
+    name: str,
+    head_parameters: int,
+    num_classes: int,
+    tokens: float,
+    passes: _Passes,
+    rates: Rates,
+    element: int,
+    repeats: float,
 ) -> Part:
     """The output layer over the learnt positions, chunk by chunk, and what the loss reads and writes of its logits."""
-    shape = _decoder(model)
-    flops = passes.head * head_flops(shape, tokens)
-    moved = _LOGITS_PASSES * 4 * tokens * shape.vocab_size + passes.head * shape.head_parameters * element
+    flops = passes.head * head_flops(head_parameters, tokens)
+    moved = _LOGITS_PASSES * 4 * tokens * num_classes + passes.head * head_parameters * element
     seconds = flops / (rates.linear_training if passes.is_training else rates.linear_forward) + moved / rates.copy
     return Part(name, repeats * flops, repeats * moved, repeats * seconds)
 

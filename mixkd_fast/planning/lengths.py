@@ -15,7 +15,14 @@ from mixkd_fast.errors import MixKDError
 from mixkd_fast.mixing import Mixing
 from mixkd_fast.planning.language_lengths import language_row_lengths
 from mixkd_fast.planning.models import plan_tokenizer
-from mixkd_fast.planning.row_lengths import LARGEST_FILES_BYTES, SAMPLED_ROWS, RowLengths, files_bytes, padded_width
+from mixkd_fast.planning.row_lengths import (
+    LARGEST_FILES_BYTES,
+    SAMPLED_ROWS,
+    RowLengths,
+    files_bytes,
+    padded_width,
+    streamed_sample,
+)
 
 _SAMPLED_BATCHES = 64
 _KNOWN_ROWS = {
@@ -70,6 +77,10 @@ def row_lengths(config: Config) -> RowLengths:
         known = mnli_lengths(task.max_length)
         why = f"{known.source}: the tokenizer of the task's own rows is not here ({error})"
         return replace(known, num_rows=_num_rows(task, None), source=why)
+    if task.streaming:
+        tokens, num_rows = streamed_sample(config, tokenizer)
+        source = f"{len(tokens):,} of {num_rows:,} streamed rows, tokenised"
+        return RowLengths(np.bincount(tokens.lengths - 1), num_rows, task.max_length, source)
     rows = load_splits(task).train
     chosen = rows.select(np.random.default_rng(0).permutation(len(rows))[:SAMPLED_ROWS])
     lengths = tokenize_rows(chosen, tokenizer, task.max_length, cache_dir=None).lengths

@@ -10,7 +10,8 @@ from torch import nn
 from mixkd_fast.configuration import Config, Student, Teacher
 from mixkd_fast.data.tasks import resolve
 from mixkd_fast.errors import ConfigurationError, MixKDError, ModelError
-from mixkd_fast.model_checks import count_parameters, largest_layer_numel, vocabulary_size
+from mixkd_fast.language_task import vocabulary_size
+from mixkd_fast.model_checks import count_parameters, largest_layer_numel
 from mixkd_fast.models import student_source, teacher_source
 from mixkd_fast.planning.decoders import DecoderShape, adapter_parameters
 from mixkd_fast.planning.flops import EncoderShape
@@ -63,13 +64,18 @@ class PlannedModel:
 
 
 def planned_teacher(config: Config) -> PlannedModel | None:
-    """The teacher of a run, or None. Raises: ModelError if its configuration cannot be read."""
+    """The teacher of a run; None without one, or where a store answers in its place.
+
+    Raises: ModelError if its configuration cannot be read.
+    """
     if config.teacher is None:
         return None
     section = config.teacher
     if config.plan.teacher is not None:
         described, model = _described(config.plan.teacher, section, config, "plan.teacher")
         return planned_model(described, model, section.attention)
+    if section.model is None:
+        return None
     source = teacher_source(section, _purpose(config))
     planned = planned_model(source.config, source.skeleton(), section.attention)
     return replace(planned, own_forward=section.quantization is not None or section.attention not in _FUSED_ATTENTION)

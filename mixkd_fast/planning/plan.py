@@ -68,7 +68,7 @@ def make_plan(config: Config, names: Sequence[str], ranks: Sequence[int]) -> Pla
     student, teacher = planned_student(config), planned_teacher(config)
     lengths = row_lengths(config)
     zero = _zero_section(config)
-    placement = configured_placement(config, zero)
+    placement = configured_placement(config, zero, teacher is not None)
     devices = []
     for name in names:
         is_gpu = name != "cpu"
@@ -112,13 +112,13 @@ def _offered_offload(config: Config, teacher: PlannedModel | None) -> TeacherOff
     return "cpu" if teacher is not None and isinstance(teacher.shape, DecoderShape) else "none"
 
 
-def configured_placement(config: Config, zero: Mapping[str, Any]) -> Placement:
+def configured_placement(config: Config, zero: Mapping[str, Any], has_teacher: bool) -> Placement:
     """Where the configuration puts the states. Parameters offloaded alone count as not offloaded."""
+    section = config.teacher if has_teacher else None
     optimizer = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     parameters = zero.get("offload_param", {}).get("device", "none") != "none"
-    teacher_stage = config.teacher.zero_stage if config.teacher is not None else None
+    teacher_stage = section.zero_stage if section is not None else None
     offload: Offload = "optimizer+parameters" if optimizer and parameters else "optimizer" if optimizer else "none"
-    section = config.teacher
     rests: TeacherOffload = "none" if section is None or section.offload is None else section.offload.device
     return Placement(zero.get("stage", 0), offload, teacher_stage, rests)
 

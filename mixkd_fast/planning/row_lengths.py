@@ -1,13 +1,18 @@
 """The distribution of the training rows' lengths, as a plan needs it."""
 
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixkd_fast.configuration import Task
+from mixkd_fast.configuration import Config, Task
 from mixkd_fast.data.batching import Padding
+from mixkd_fast.data.loading import load_evaluation
+from mixkd_fast.data.stream_loading import open_stream
+from mixkd_fast.data.tokenization import TokenRows, default_cache_dir
 
 SAMPLED_ROWS = 2000
 """Local rows that are tokenised for a plan."""
@@ -58,6 +63,24 @@ def padded_width(longest: NDArray[np.int64], max_length: int) -> NDArray[np.int6
 
 
 def files_bytes(task: Task) -> int:
-    """Size of the task's local training files that are there."""
-    paths = [Path(path).expanduser() for path in [*(task.train_files or ()), *task.extra_train_files]]
+    """Size of the task's local training files that would have to be read for a plan.
+
+    Of Parquet files that are streamed only their footers and some row groups are.
+    """
+    names = [*(task.train_files or ()), *task.extra_train_files]
+    paths = [Path(path).expanduser() for path in names]
+    if task.streaming:
+        paths = [Path(found) for path in paths for found in glob(str(path)) if not found.endswith(".parquet")]
     return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def streamed_sample(config: Config, tokenizer: Any) -> tuple[TokenRows, int]:
+    """Some of the rows that a run would stream, as it would make them, and the number of all of them.
+
+    Raises: as `open_stream`.
+    """
+    task = config.task
+    spec, _ = load_evaluation(task)
+    cache_dir = Path(task.cache_dir) if task.cache_dir else default_cache_dir()
+    stream = open_stream(config, spec, tokenizer, config.training.batch_size, cache_dir)
+    return stream.sample(SAMPLED_ROWS), len(stream)

@@ -8,6 +8,7 @@ from mixkd_fast.encoder_parts import FAMILIES
 from mixkd_fast.planning.lengths import BatchLengths, sample_batches
 from mixkd_fast.planning.models import PlannedModel
 from mixkd_fast.planning.row_lengths import RowLengths
+from mixkd_fast.planning.stored_answers import StoredAnswers, stored_answers
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -38,6 +39,8 @@ class Workload:
     """Of a causal_lm: share of the clean tokens that pass the output layers."""
     max_logits_mib: int = 512
     """Of a causal_lm: the method's limit of logits."""
+    stored: StoredAnswers | None = None
+    """Of a causal_lm: answers to the clean rows that come from a teacher store."""
 
     @property
     def mixed_rows(self) -> int:
@@ -77,7 +80,7 @@ def workload(config: Config, lengths: RowLengths, ranks: int) -> Workload:
     if language:
         # Nothing of a language model's teacher is kept: it is asked in every step.
         asked = config.teacher is not None and method.needs_teacher and getattr(method, "kd_weight", 1.0) > 0
-        share = float(asked)
+        share = float(asked and config.teacher is not None and config.teacher.offline is None)
     return Workload(
         ranks=ranks,
         batch_size=arithmetic.batch_size,
@@ -96,4 +99,5 @@ def workload(config: Config, lengths: RowLengths, ranks: int) -> Workload:
         steps=steps,
         target_share=lengths.target_share,
         max_logits_mib=int(getattr(method, "max_logits_mib", 512)),
+        stored=stored_answers(config),
     )

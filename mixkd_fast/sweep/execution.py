@@ -1,9 +1,7 @@
 """Runs the trials: in this process, or each by DeepSpeed's launcher. What is finished is not run again."""
 
-import fcntl
 import gc
 import json
-import os
 import shutil
 import signal
 import socket
@@ -11,8 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +19,7 @@ from mixkd_fast import distributed
 from mixkd_fast.checkpoint import remove_tree
 from mixkd_fast.distillation import run_config
 from mixkd_fast.errors import ConfigurationError, Interrupted, MixKDError
+from mixkd_fast.folder_lock import alone_in
 from mixkd_fast.interrupt import StopRequest
 from mixkd_fast.run_folder import write_json
 from mixkd_fast.sweep.trials import RunPlan, Trial
@@ -38,7 +36,7 @@ def run_trials(sweep: Sweep, trials: Sequence[Trial]) -> None:
     Raises: Interrupted once a stopped run is saved; ConfigurationError if another sweep is at work in the folder.
     """
     StopRequest.last_received = None
-    with _alone(Path(sweep.output)):
+    with alone_in(Path(sweep.output), "output", "sweep"):
         for place, trial in enumerate(trials, start=1):
             trial.folder.mkdir(parents=True, exist_ok=True)
             write_json(trial.folder / "trial.json", {"values": dict(trial.values)})
@@ -143,21 +141,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Keep a second sweep out of the folder; the lock goes with the process, however that ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(f"output = {str(output)!r}: another sweep is at work there") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def recorded_error(plan: RunPlan) -> str | None:

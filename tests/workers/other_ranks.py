@@ -17,7 +17,7 @@ from mixkd_fast.methods.base import supervised_loss
 
 
 class Extras(nn.Module):
-    """A projection, the same weight under a second name, a frozen one, and a buffer that grows with the steps."""
+    """A projection, the same weight under a second name, a frozen one; a buffer and an extra state that grow."""
 
     steps: Tensor
 
@@ -29,6 +29,14 @@ class Extras(nn.Module):
         # Another value than a new process would draw: only the checkpoint has it.
         self.frozen = nn.Parameter(torch.randn(3, width), requires_grad=False)
         self.register_buffer("steps", torch.zeros(()))
+        self.pushes: list[float] = []
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Neither a tensor nor a number."""
+        return {"pushes": self.pushes, "nothing": None}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.pushes = list(state["pushes"])
 
 
 class Probe(Method):
@@ -51,11 +59,13 @@ class Probe(Method):
         logits = student.clean(batch).logits.float()
         inputs = logits.to(extras.frozen.dtype)
         moved = extras.tied(extras.projection(inputs)).float() - extras.frozen.float().mean(0) * (1 + extras.steps)
+        moved = moved + sum(extras.pushes)
         return {"mle": supervised_loss(logits, batch), "pull": moved.square().mean(-1)}
 
     def after_step(self, student: Any, extras: nn.Module | None, moment: Moment) -> None:
         assert isinstance(extras, Extras)
         extras.steps += 1
+        extras.pushes.append(0.25)
 
 
 def main() -> None:
