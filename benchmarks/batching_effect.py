@@ -1,7 +1,8 @@
 """What batches of rows of like length do to the student: python -m benchmarks.batching_effect [--seeds N] [--steps N]
 
 The demo's student by MixKD, with rows drawn at random, with planned batches of several windows, and with a token budget
-that holds as many rows per step on average; the same rows, steps and seeds. Prints a table of validation loss and accuracy, mean and standard deviation over seeds.
+for four micro-batches per step; the same rows, steps and seeds. Prints a table of validation loss and accuracy, mean
+and standard deviation over seeds.
 """
 
 import argparse

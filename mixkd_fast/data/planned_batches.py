@@ -125,7 +125,7 @@ class PlannedBatches:
                 self._plans[epoch] = plan_batches(
                     self._lengths,
                     tokens_per_batch=self._tokens,
-                    rows_per_batch=self._batch_size // self._group_size if budget else self._batch_size,
+                    rows_per_batch=max(1, self._batch_size // self._group_size) if budget else self._batch_size,
                     seed=self._seed % 2**64,
                     epoch=epoch,
                     window=self._window,
