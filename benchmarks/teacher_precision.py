@@ -9,7 +9,7 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -55,11 +55,12 @@ def main() -> None:
             if number:
                 seconds[name].append(time.perf_counter() - started)
     truth, labels = log_softmax(logits["fp32"], 1), np.asarray(rows.labels)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, values in logits.items():
         own = log_softmax(values, 1)
         found[name] = {
             "rows_per_s": len(rows) / statistics.median(seconds[name]),
+            "seconds": seconds[name],
             "agreement_percent": 100 * float((values.argmax(1) == logits["fp32"].argmax(1)).mean()),
             "kl_to_fp32": float((np.exp(truth) * (truth - own)).sum(1).mean()),
             "accuracy_percent": 100 * float((values.argmax(1) == labels).mean()),
@@ -71,7 +72,7 @@ def main() -> None:
         write_both(report, "\n".join(page), options.json)
 
 
-def table(found: dict[str, dict[str, float]]) -> list[str]:
+def table(found: dict[str, dict[str, Any]]) -> list[str]:
     """The lines of a Markdown table."""
     lines = ["| precision | rows/s | same answer as fp32, % | KL to fp32 | accuracy, % |"]
     lines.append("| --- | ---: | ---: | ---: | ---: |")

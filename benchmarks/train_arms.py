@@ -5,25 +5,32 @@ weighted 1. Models and data are made by `train_step.py`; the job file says where
 
 - textbook: transformers and plain PyTorch; rows padded to the longest allowed, clean and mixed rows in separate
   forwards, fp32 on the CPU (bf16 autocast on a GPU), eager losses.
-- tuned: batches of rows of like length padded to their longest, bf16 autocast and teacher, fused AdamW, SDPA.
-  tuned_compiled: the same with torch.compile of both models; tuned_reusing: in a process that keeps freed memory (CPU).
+- tuned: batches of rows of like length padded to their longest, bf16 autocast and teacher, fused AdamW, SDPA; on a GPU
+  batches are made by a DataLoader's workers, in pinned memory, and copied while the GPU computes. tuned_compiled: the
+  same with torch.compile of both models; tuned_reusing: in a process that keeps freed memory (CPU).
 - mixkd_fast: `distill` as its users call it.
+
+"agreement" in the place of an arm compares their losses and gradients: see `train_agreement.py`.
 """
 
+import itertools
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from benchmarks.train_profile import PLAIN_STEP, idle_share, parts_of_a_step, profiled
 from mixkd_fast.data.tokenization import TokenRows, tokenize_rows
 
 TEMPERATURE = 2.0
@@ -35,6 +42,11 @@ def main() -> None:
     job = json.loads(Path(job_file).read_text())
     if job["threads"]:
         torch.set_num_threads(job["threads"])
+    if arm == "agreement":
+        from benchmarks.train_agreement import agreement
+
+        Path(output).write_text(json.dumps(agreement(job)))
+        return
     result = ours(job) if arm == "mixkd_fast" else Loop(job, arm).run()
     result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if job["device"] == "cuda":
@@ -61,16 +73,25 @@ def load_models(job: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
     return teacher.requires_grad_(False).to(job["device"]), student.to(job["device"])
 
 
-def pad(rows: TokenRows, row_ids: np.ndarray[Any, Any], width: int, device: str) -> Padded:
-    """Token ids, attention mask and labels of some rows."""
+def pad(rows: TokenRows, row_ids: np.ndarray[Any, Any], width: int) -> Padded:
+    """Token ids, attention mask and labels of some rows, on the host."""
     ids = torch.zeros((len(row_ids), width), dtype=torch.int64)
     for place, row in enumerate(row_ids):
         tokens = rows.row(int(row))
         ids[place, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
     lengths = torch.from_numpy(rows.lengths[row_ids])
     mask = (torch.arange(width) < lengths[:, None]).to(torch.int64)
-    labels = torch.from_numpy(rows.labels[row_ids])
-    return ids.to(device), mask.to(device), labels.to(device)
+    return ids, mask, torch.from_numpy(rows.labels[row_ids])
+
+
+def own_width(rows: TokenRows, row_ids: np.ndarray[Any, Any]) -> int:
+    """Tokens of the longest of some rows, rounded up to a multiple of 8."""
+    return -(-int(rows.lengths[row_ids].max()) // 8) * 8
+
+
+def half(job: dict[str, Any], arm: str) -> bool:
+    """Whether a plain arm runs under bf16 autocast: all but the textbook's on a CPU."""
+    return arm != "textbook" or bool(job["device"] == "cuda")
 
 
 def mixkd_loss(teacher: nn.Module, student: nn.Module, batch: Padded, partner: Tensor, lam: Tensor) -> Tensor:
@@ -100,36 +121,91 @@ def _kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return TEMPERATURE**2 * F.kl_div(student_log, teacher_log, log_target=True, reduction="batchmean")
 
 
+class Step(NamedTuple):
+    """One batch of the plain arms."""
+
+    row_ids: Tensor
+    """int64 [B], on the host like everything until `Loop` copies the rest."""
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    partner: Tensor
+    lam: Tensor
+
+
+class RowNumbers:
+    """Row numbers of the batches of one epoch after the other: at random, or of like length within pools of 50
+    batches, as `group_by_length` does."""
+
+    def __init__(self, lengths: np.ndarray[Any, Any], size: int, by_length: bool) -> None:
+        self._lengths, self._size, self._by_length = lengths, size, by_length
+        self._rng = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self._lengths) // self._size
+
+    def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
+        size, order = self._size, self._rng.permutation(len(self._lengths))
+        if self._by_length:
+            pools = [order[start : start + 50 * size] for start in range(0, len(order), 50 * size)]
+            order = np.concatenate([pool[np.argsort(-self._lengths[pool], kind="stable")] for pool in pools])
+        batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        yield from (batches[number] for number in self._rng.permutation(len(batches)))
+
+
+class Collate:
+    """Pads rows, to the longest allowed (width) or to their own longest, and draws who is mixed with whom."""
+
+    def __init__(self, rows: TokenRows, width: int | None) -> None:
+        self._rows, self._width = rows, width
+
+    def __call__(self, row_ids: Sequence[int]) -> Step:
+        numbers = np.asarray(row_ids)
+        width = self._width or own_width(self._rows, numbers)
+        lam = torch.distributions.Beta(0.4, 0.4).sample((len(numbers),))
+        return Step(torch.from_numpy(numbers), *pad(self._rows, numbers, width), torch.randperm(len(numbers)), lam)
+
+
 class Loop:
     """A training loop in plain PyTorch."""
 
     def __init__(self, job: dict[str, Any], arm: str) -> None:
         self.job, self.arm, self.device = job, arm, job["device"]
+        textbook = arm == "textbook"
         self.rows = load_rows(job)
         self.teacher, self.student = load_models(job)
-        if arm != "textbook":
+        if not textbook:
             self.teacher = self.teacher.bfloat16()
         if arm == "tuned_compiled":
             self.teacher, self.student = (torch.compile(model, dynamic=True) for model in (self.teacher, self.student))
-        self.half = arm != "textbook" or self.device == "cuda"
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=arm != "textbook")
-        self.rng = np.random.default_rng(0)
+        self.half = half(job, arm)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=not textbook)
+        self.numbers = RowNumbers(self.rows.lengths, job["batch_size"], by_length=not textbook)
+        self.collate = Collate(self.rows, job["max_length"] if textbook else None)
+        self.loader = None
+        if job["workers"] and not textbook:
+            self.loader = DataLoader(
+                range(len(self.rows)),  # type: ignore[arg-type]
+                batch_sampler=self.numbers,  # type: ignore[arg-type]
+                collate_fn=self.collate,
+                num_workers=job["workers"],
+                prefetch_factor=4,
+                persistent_workers=True,
+                pin_memory=self.device == "cuda",
+            )
 
     def run(self) -> dict[str, Any]:
         """Train; the time of every epoch, without what came before the first timed step."""
-        for number, batch in enumerate(self._epoch()):
-            if number >= self.job["warmup_steps"]:
-                break
-            self._step(batch)
+        self._steps(self.job["warmup_steps"])
+        if "profile" in self.job:
+            steps = self.job["profile"] // 2
+            events = profiled(lambda: self._steps(steps + 1), self.device)
+            return {"idle_share": idle_share(events, PLAIN_STEP, steps)}
         limit = self.job["textbook_steps"] if self.arm == "textbook" else None
         epochs = []
         for _ in range(1 if limit else self.job["epochs"]):
-            started, rows, tokens = self._now(), 0, 0
-            for number, row_ids in enumerate(self._epoch()):
-                if number == limit:
-                    break
-                self._step(row_ids)
-                rows, tokens = rows + len(row_ids), tokens + int(self.rows.lengths[row_ids].sum())
+            started = self._now()
+            rows, tokens = self._steps(limit)
             epochs.append({"seconds": self._now() - started, "rows": rows, "tokens": tokens})
         return {"epochs": epochs, "store_seconds": 0.0}
 
@@ -138,70 +214,81 @@ class Loop:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _epoch(self) -> Iterator[np.ndarray[Any, Any]]:
-        """Row numbers of every batch: random, or of like length within pools of 50 batches, as group_by_length does."""
-        size = self.job["batch_size"]
-        order = self.rng.permutation(len(self.rows))
-        if self.arm != "textbook":
-            pools = [order[start : start + 50 * size] for start in range(0, len(order), 50 * size)]
-            order = np.concatenate([pool[np.argsort(-self.rows.lengths[pool], kind="stable")] for pool in pools])
-        batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-        yield from (batches[number] for number in self.rng.permutation(len(batches)))
+    def _steps(self, limit: int | None) -> tuple[int, int]:
+        """Train on the batches of an epoch, or on so many batches. Returns their rows and tokens."""
+        rows = tokens = 0
+        for step in itertools.islice(self._batches(endless=limit is not None), limit):
+            with record_function(PLAIN_STEP):
+                self._step(step)
+            rows, tokens = rows + len(step.row_ids), tokens + int(self.rows.lengths[step.row_ids.numpy()].sum())
+        return rows, tokens
 
-    def _step(self, row_ids: np.ndarray[Any, Any]) -> None:
-        width = self.job["max_length"]
-        if self.arm != "textbook":
-            width = -(-int(self.rows.lengths[row_ids].max()) // 8) * 8
-        batch = pad(self.rows, row_ids, width, self.device)
-        partner = torch.randperm(len(row_ids), device=self.device)
-        lam = torch.distributions.Beta(0.4, 0.4).sample((len(row_ids),)).to(self.device)
+    def _batches(self, endless: bool) -> Iterator[Step]:
+        while True:
+            yield from self.loader if self.loader is not None else map(self.collate, self.numbers)
+            if not endless:
+                return
+
+    def _step(self, step: Step) -> None:
+        ids, mask, labels, partner, lam = (t.to(self.device, non_blocking=self.loader is not None) for t in step[1:])
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
-            loss = mixkd_loss(self.teacher, self.student, batch, partner, lam)
+            loss = mixkd_loss(self.teacher, self.student, (ids, mask, labels), partner, lam)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
 
 
+def fields(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What `distill` is given: the sections of its configuration."""
+    steps = {"epochs": job["epochs"]}
+    rows = None
+    if "profile" in job:
+        # Nothing but steps among those that are looked at: evaluation and checkpoint come after the last one.
+        steps = {"steps": job["profile"], "evaluate_every": job["profile"]}
+        # Two epochs of few rows: without a second one no logits would be kept.
+        rows = min(job["rows"], job["profile"] * job["batch_size"] // 2)
+    return {
+        "task": {
+            "train_files": [job["train"]],
+            "evaluation_files": {"validation": [job["validation"]]},
+            "max_length": job["max_length"],
+            "cache_dir": str(folder / "cache"),
+            "train_rows": rows,
+        },
+        # A new store: building it is part of what is measured.
+        "teacher": {"model": job["teacher"], "store_dir": str(folder / "store")},
+        "student": {"model": job["student"]},
+        "method": {"name": "mixkd", "kd_weight": 1.0, "temperature": TEMPERATURE},
+        "training": {
+            **steps,
+            "batch_size": job["batch_size"],
+            "learning_rate": 1e-5,
+            "precision": "bf16",
+            "batching": "length",
+            "keep_best": False,
+            "log_every": 16,
+            "threads": job["threads"],
+            **job.get("training", {}),
+        },
+        "output": {"directory": str(folder / "run"), "report": False},
+    }
+
+
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     """`distill` on the same files; with job["profile"] a few steps under the profiler instead."""
-    from mixkd_fast import MixKD, distill
+    from mixkd_fast import distill
 
     folder = Path(job["work"]) / f"run-{time.time_ns()}"
-    steps = {"steps": job["profile"]} if job.get("profile") else {"epochs": job["epochs"]}
-
-    def run() -> Any:
-        return distill(
-            task={
-                "train_files": [job["train"]],
-                "evaluation_files": {"validation": [job["validation"]]},
-                "max_length": job["max_length"],
-                "cache_dir": str(folder / "cache"),
-                # Two epochs of few rows under the profiler: without a second one no logits would be kept.
-                "train_rows": min(job["rows"], job["profile"] * job["batch_size"] // 2) if job.get("profile") else None,
-            },
-            # A new store: building it is part of what is measured.
-            teacher={"model": job["teacher"], "store_dir": str(folder / "store")},
-            student={"model": job["student"]},
-            method=MixKD(kd_weight=1.0, temperature=TEMPERATURE),
-            training={
-                **steps,
-                "batch_size": job["batch_size"],
-                "learning_rate": 1e-5,
-                "precision": "bf16",
-                "batching": "length",
-                "keep_best": False,
-                "log_every": 16,
-                "threads": job["threads"],
-                **job.get("training", {}),
-            },
-            output={"directory": str(folder / "run"), "report": False},
-            progress=False,
-        )
-
-    if job.get("profile"):
-        return {"parts_ms": _profiled(run, job["profile"], job["device"])}
-    summary = run().summary
+    sections = fields(job, folder)
+    if "profile" in job:
+        events = profiled(lambda: distill(**sections, progress=False), job["device"])
+        steps = job["profile"] // 2
+        result: dict[str, Any] = {"parts_ms": parts_of_a_step(events, steps)}
+        if job["device"] == "cuda":
+            result["idle_share"] = idle_share(events, "mixkd_fast::forward", steps)
+        return result
+    summary = distill(**sections, progress=False).summary
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {"epochs": _epochs(lines, summary, job), "store_seconds": summary["teacher"]["kept_logits"]["seconds"]}
 
@@ -227,52 +314,6 @@ def _epochs(lines: list[dict[str, Any]], summary: dict[str, Any], job: dict[str,
         {"seconds": value * scale, "rows": number, "tokens": number * tokens_per_row}
         for value, number in zip(seconds, rows, strict=True)
     ]
-
-
-def _profiled(run: Callable[[], object], steps: int, device: str) -> dict[str, float]:
-    """Median milliseconds of the parts of a step over the later half of the steps."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=activities) as profiler:
-        run()
-    events = profiler.events()
-    spans: dict[str, list[tuple[float, float]]] = {}
-    for event in events:
-        if event.name.startswith("mixkd_fast::") and event.name.count("::") == 1:
-            spans.setdefault(event.name.removeprefix("mixkd_fast::"), []).append(
-                (event.time_range.start, event.time_range.end)
-            )
-    forwards = sorted(spans["forward"])[-(steps // 2) - 1 :]
-    parts = {}
-    for name in ("forward", "teacher", "backward", "optimizer"):
-        later = [end - start for start, end in spans[name] if start >= forwards[0][0] and start < forwards[-1][0]]
-        parts[name] = float(np.median(later)) / 1e3
-    period = float(np.median(np.diff([start for start, _ in forwards]))) / 1e3
-    result = {
-        "teacher": parts["teacher"],
-        "student forward and losses": parts["forward"] - parts["teacher"],
-        "backward": parts["backward"],
-        "clipping and AdamW": parts["optimizer"],
-        "everything else": max(0.0, period - parts["forward"] - parts["backward"] - parts["optimizer"]),
-    }
-    if device == "cuda":
-        kernels = sorted(
-            (event.time_range.start, event.time_range.end)
-            for event in events
-            if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.start >= forwards[0][0]
-        )
-        result["device idle share"] = _idle_share(kernels)
-    return result
-
-
-def _idle_share(intervals: list[tuple[float, float]]) -> float:
-    """Share of the span that no interval covers."""
-    busy, reached = 0.0, intervals[0][0]
-    for start, end in intervals:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return 1 - busy / (reached - intervals[0][0])
 
 
 if __name__ == "__main__":

@@ -69,6 +69,15 @@ def sum_on_host(values: Tensor) -> Tensor:
     return values
 
 
+def maximum_on_host(number: int) -> int:
+    """The largest of a number over all ranks, without the GPUs: nobody waits for what they are doing. Collective."""
+    if world_size() == 1:
+        return number
+    here = torch.tensor([number], dtype=torch.int64)
+    dist.all_reduce(here, op=dist.ReduceOp.MAX, group=_host_group())
+    return int(here)
+
+
 @functools.cache
 def _host_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None

@@ -28,7 +28,7 @@ from mixkd_fast.encoder_tables import table_of
 from mixkd_fast.mix import mix_embeddings, mixed_attention_mask, positions_of
 from mixkd_fast.mixing import Mixing
 from mixkd_fast.ops.dropout import dropout
-from mixkd_fast.packed_attention import PackedRows, attend_packed, can_attend, pack
+from mixkd_fast.packed_attention import PackedRows, attend_packed, can_attend, pack, why_not_attend
 
 if TYPE_CHECKING:
     from mixkd_fast.data.batching import Batch
@@ -86,6 +86,11 @@ class FusedEncoder:
 
     unpadded = False
     """Leave padding out of every layer where that can be done: half precision on a GPU, no dropout of attention."""
+
+    def why_padded(self, device: torch.device, dtype: torch.dtype, training: bool) -> str:
+        """What keeps the layers from leaving out padding when they compute in `dtype` on `device`, or ""."""
+        options = [_options(layer, training) for layer in self.parts.layers]
+        return why_not_attend(device, dtype, self.parts.layers[0].query.in_features, options)
 
     def why_not_now(self) -> str:
         """What keeps the model from being computed here at this moment, or ""."""

@@ -141,6 +141,13 @@ def _whole_teacher(config: Config, encoder: Encoder, device: torch.device) -> Fr
     reason = fuse(encoder, config.training, device)
     if reason and config.training.compile != "off":
         distributed.say(f"training.compile leaves the teacher as it is: {reason}")
+    if config.training.unpadded and device.type == "cuda":
+        why = reason
+        if encoder.fused is not None:
+            dtype = next(encoder.parameters()).dtype
+            why = encoder.fused.why_padded(device, dtype, training=False)
+        if why:
+            distributed.say(f"training.unpadded leaves the teacher's padding where it is: {why}")
     wanted = config.teacher is not None and config.teacher.stream
     beside = wanted and device.type == "cuda"
     if wanted and not beside:
@@ -209,8 +216,19 @@ def load_student(
             f'{reason}; set training.compile to "off"'
         )
     notes.append(f"forward: {'its own, ' + reason if reason else 'fused'}")
-    if config.training.unpadded and (reason or device.type == "cpu" or config.training.precision == "fp32"):
-        notes.append(
-            "training.unpadded has no effect or no use here: it is for fused layers in half precision on a GPU"
-        )
+    if config.training.unpadded:
+        notes += _unpadded_notes(student, DTYPES[config.training.precision], device, tokenizer, reason)
     return student, notes
+
+
+def _unpadded_notes(
+    student: Encoder, dtype: torch.dtype, device: torch.device, tokenizer: Any, reason: str
+) -> list[str]:
+    """What there is to say where `training.unpadded` does not help. Args: reason = why there are no fused layers."""
+    if device.type == "cpu" and not reason:
+        return ["training.unpadded is for a GPU; on a CPU it makes nothing faster"]
+    if not reason and student.fused is not None:
+        reason = student.fused.why_padded(device, dtype, training=True)
+    if not reason and tokenizer.padding_side == "left":
+        reason = "the tokenizer pads on the left"
+    return [f"training.unpadded leaves the student's padding where it is: {reason}"] if reason else []

@@ -3,6 +3,7 @@
 Legend of shape suffixes: O rows, L padded positions, T tokens of all rows, H width, h heads, d width of a head.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,13 +42,22 @@ def pack(hidden_OLH: Tensor, lengths_O: Tensor) -> tuple[Tensor, PackedRows]:
 
 def can_attend(hidden: Tensor, options: list[Any]) -> bool:
     """Whether `attend_packed` can run: on a GPU in half precision; nowhere with dropout of the attention."""
-    if any(option.attention_dropout for option in options):
-        return False
-    if hidden.device.type == "cpu":
-        return True
-    capable = torch.cuda.get_device_capability(hidden.device) >= (8, 0)
-    width = hidden.shape[-1] // options[0].num_heads
-    return capable and hidden.dtype in HALF and width % 8 == 0 and width <= 256
+    return not why_not_attend(hidden.device, hidden.dtype, hidden.shape[-1], options)
+
+
+def why_not_attend(device: torch.device, dtype: torch.dtype, width: int, layers: Sequence[Any]) -> str:
+    """What keeps `attend_packed` from running, or "". Args: width = H; layers = with num_heads, attention_dropout."""
+    dropout = max(layer.attention_dropout for layer in layers)
+    if dropout:
+        return f"the dropout of its attention is {dropout:g}, and attention of variable length has none"
+    if device.type == "cpu":
+        return ""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if dtype not in HALF:
+        return f"it is computed in {str(dtype).removeprefix('torch.')}; allowed: bfloat16, float16"
+    head = width // layers[0].num_heads
+    return "" if head % 8 == 0 and head <= 256 else f"its heads are {head} wide; allowed: multiples of 8 up to 256"
 
 
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, first_token_only: bool) -> Tensor:

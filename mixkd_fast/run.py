@@ -179,7 +179,10 @@ class Run:
         self._clock = time.perf_counter()
 
     def _must_stop(self, stop: StopRequest) -> bool:
-        """Whether a stop signal is to be obeyed between two reports; several ranks agree on it every few steps."""
+        """Whether a stop signal is to be obeyed between two reports; several ranks agree on it every few steps.
+
+        Their hosts do: no GPU is waited for.
+        """
         if self.ranks > 1 and self.state.step % _STEPS_BETWEEN_SIGNALS:
             return False
         return self._agreed_signal(stop) != 0
@@ -247,12 +250,7 @@ class Run:
 
     def _agreed_signal(self, stop: StopRequest) -> int:
         """The signal that any rank received, 0 if none: all ranks must stop at the same step."""
-        number = stop.requested() or 0
-        if self.ranks == 1:
-            return number
-        here = torch.tensor([number], device=self.engine.device)
-        torch.distributed.all_reduce(here, op=torch.distributed.ReduceOp.MAX)
-        return int(here.item())
+        return distributed.maximum_on_host(stop.requested() or 0)
 
     def _judge_teacher(self) -> None:
         """The teacher's own figures and logits on every evaluation split, once: the yardstick of the student."""

@@ -319,3 +319,27 @@ def test_failing_or_absent_tests_are_refused(monkeypatch: pytest.MonkeyPatch, tm
 def test_unknown_case_is_refused() -> None:
     with pytest.raises(SystemExit, match="no case holds 'nonsense'"):
         program.main(["kd_loss", "--quick", "--no-tests", "--cases", "nonsense"])
+
+
+def test_a_plan_beyond_its_bar_ends_with_status_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The median over the repeats counts; with one thread that of the processor's time."""
+    from benchmarks import plan_check
+
+    wall, cpu = iter([0.5, 1.1, 1.0] * 2), iter([1.2, 1.2, 1.0] * 2)
+
+    def check(folder: Path, options: Any) -> dict[str, Any]:
+        rates = {"predicted_rows_per_s": [9.0, 11.0], "measured_rows_per_s": 10.0, "measured_rows_per_cpu_s": 20.0}
+        return {"predicted_over_measured": next(wall), "predicted_over_measured_cpu": next(cpu), **rates}
+
+    monkeypatch.setattr(plan_check, "check", check)
+    plan_check.main(["--repeats", "3", "--json", str(tmp_path / "plan.json")])
+    report = json.loads((tmp_path / "plan.json").read_text())
+    assert report["median"] == 1.0 and report["within"] and len(report["runs"]) == 3
+    assert {"commit", "versions", "device"} <= set(report)
+    page = (tmp_path / "plan.md").read_text()
+    assert "| 10.0 | 9.0, 11.0 | 0.50 |" in page and "over 3 runs: 1.00 is within 15 % of 1." in page
+    with pytest.raises(SystemExit, match=r"over 3 runs: 1\.20 is not within 15 % of 1"):
+        plan_check.main(["--repeats", "3", "--threads", "1", "--json", str(tmp_path / "plan.json")])
+    assert "| 20.0 | 9.0, 11.0 | 1.20 |" in (tmp_path / "plan.md").read_text()
+    with pytest.raises(SystemExit):
+        plan_check.main(["--repeats", "0"])

@@ -2,6 +2,8 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,6 +198,26 @@ def test_compiled_layers_serve_every_shape_with_few_compilations() -> None:
         torch.testing.assert_close(clean.logits, eager[0].logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(mixed.logits, eager[1].logits, rtol=1e-4, atol=1e-4)
     assert counter.frame_count <= 2
+
+
+def test_why_padding_stays_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixkd_fast.model_preparation import _unpadded_notes
+
+    gpu, right = torch.device("cuda"), SimpleNamespace(padding_side="right")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    wide, dropping = (tiny_encoder("bert", hidden_size=64, attention_probs_dropout_prob=rate) for rate in (0.0, 0.1))
+    for encoder in (wide, dropping):
+        assert encoder.fuse() == ""
+    notes = partial(_unpadded_notes, device=gpu, tokenizer=right, reason="")
+    assert notes(wide, torch.bfloat16) == []
+    assert "the dropout of its attention is 0.1" in notes(dropping, torch.bfloat16)[0]
+    assert dropping.fused is not None and dropping.fused.why_padded(gpu, torch.bfloat16, training=False) == ""
+    assert "computed in float32" in notes(wide, torch.float32)[0]
+    assert "pads on the left" in notes(wide, torch.bfloat16, tokenizer=SimpleNamespace(padding_side="left"))[0]
+    assert "no fused layers" in notes(wide, torch.bfloat16, reason="no fused layers")[0]
+    assert "is for a GPU" in notes(wide, torch.bfloat16, device=torch.device("cpu"))[0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "older than compute capability 8.0" in notes(wide, torch.bfloat16)[0]
 
 
 @pytest.mark.parametrize("mixed_rows", [1, 2])
