@@ -221,9 +221,7 @@ struct Planner {
     Rows rows(num_groups, 0);
     std::vector<size_t> dealt(cuts.size()), fewest_first(num_groups), most_first(num_groups);
     for (size_t turn = 0; turn < static_cast<size_t>(group_size); ++turn) {
-      const auto size_of = [&](size_t i) {
-        return cuts[turn * num_groups + i] - begin_of(turn * num_groups + i);
-      };
+      const auto size_of = [&](size_t i) { return cuts[turn * num_groups + i] - begin_of(turn * num_groups + i); };
       std::iota(fewest_first.begin(), fewest_first.end(), size_t{0});
       std::iota(most_first.begin(), most_first.end(), size_t{0});
       std::stable_sort(fewest_first.begin(), fewest_first.end(),
