@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2000, help="of the teacher; the reference takes 30 %% of them")
     parser.add_argument("--rows", type=int, default=800, help="passages of each kind")
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--work", type=Path, default=Path("runs/miniplm_selection"))
     parser.add_argument("--output", type=Path, default=Path("runs/miniplm_selection"))
     options = parser.parse_args()
@@ -129,7 +130,8 @@ def config_of(options: argparse.Namespace, file: str = "pool", **sections: Any) 
         "metrics": ["perplexity"],
     }
     student = {"config": llama(STUDENT), "tokenizer": str(options.work / "tokenizer")}
-    return validate(Config, {"task": task, "student": student, "method": {"name": "finetune"}, **sections})
+    fixed = {"task": task, "student": student, "method": {"name": "finetune"}, "training": {"threads": options.threads}}
+    return validate(Config, {**fixed, **sections})
 
 
 def llama(shape: dict[str, int]) -> dict[str, Any]:
@@ -151,6 +153,7 @@ def train_and_score(name: str, options: argparse.Namespace) -> None:
         steps = max(1, round(options.steps * share))
         training = {"steps": steps, "batch_size": 16, "learning_rate": 2e-3, "weight_decay": 0.1, "warmup": 0.05}
         training |= {"schedule": "cosine", "precision": options.precision, "batching": "length", "log_every": 50}
+        training["threads"] = options.threads
         distill(
             task=config["task"],
             student={**config["student"], "config": llama(shape)},
