@@ -208,9 +208,10 @@ def markdown(report: dict[str, Any]) -> str:
     steps = report["steps"]
     lines = ["# What MiniPLM keeps of real text", ""]
     lines += [
-        f"`python -m benchmarks.miniplm_selection --data FOLDER`, commit {report['commit']}. Teacher: Llama, "
-        f"{TEACHER['num_hidden_layers']} layers x {TEACHER['hidden_size']}, {steps['teacher']:,} steps; reference: "
-        f"{STUDENT['num_hidden_layers']} x {STUDENT['hidden_size']}, {steps['reference']:,} steps, on the same text. "
+        f"`python -m benchmarks.miniplm_selection --data FOLDER --steps {steps['teacher']}`, commit {report['commit']}.",
+        "",
+        f"Teacher: Llama, {TEACHER['num_hidden_layers']} layers x {TEACHER['hidden_size']}, {steps['teacher']:,} steps; "
+        f"reference: {STUDENT['num_hidden_layers']} x {STUDENT['hidden_size']}, {steps['reference']:,} steps, same text. "
         f"Half of the passages is kept: those of the highest NLL(reference) - NLL(teacher), nats a token.",
         "",
         "| passages | rows | kept | mean score | NLL of the teacher | of the reference |",
