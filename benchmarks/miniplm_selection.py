@@ -208,11 +208,11 @@ def markdown(report: dict[str, Any]) -> str:
     steps = report["steps"]
     lines = ["# What MiniPLM keeps of real text", ""]
     lines += [
-        f"`python -m benchmarks.miniplm_selection --data FOLDER --steps {steps['teacher']}`, commit {report['commit']}.",
+        f"`python -m benchmarks.miniplm_selection --data FOLDER --steps {steps['teacher']}`, commit {report['commit']}",
         "",
-        f"Teacher: Llama, {TEACHER['num_hidden_layers']} layers x {TEACHER['hidden_size']}, {steps['teacher']:,} steps; "
-        f"reference: {STUDENT['num_hidden_layers']} x {STUDENT['hidden_size']}, {steps['reference']:,} steps, same text. "
-        f"Half of the passages is kept: those of the highest NLL(reference) - NLL(teacher), nats a token.",
+        f"Teacher: {_shape(TEACHER)}, {steps['teacher']:,} steps; reference: {_shape(STUDENT)}, {steps['reference']:,} "
+        "steps, same text. Half of the passages is kept: those of the highest NLL(reference) - NLL(teacher), nats a "
+        "token.",
         "",
         "| passages | rows | kept | mean score | NLL of the teacher | of the reference |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -226,6 +226,10 @@ def markdown(report: dict[str, Any]) -> str:
         text = str(line["text"]).replace("|", "\\|")
         lines.append(f"| {text} | {line['score']} | {line['choice']} |")
     return "\n".join([*lines, ""])
+
+
+def _shape(model: dict[str, int]) -> str:
+    return f"Llama, {model['num_hidden_layers']} layers x {model['hidden_size']}"
 
 
 def _numbers(row: dict[str, Any]) -> str:
