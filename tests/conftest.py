@@ -37,6 +37,14 @@ def _remove_shared_memory() -> Iterator[None]:
                 path.unlink()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _remove_patches_of_deepspeed() -> Iterator[None]:
+    """DeepSpeed's ZeRO-3 leaves a linear function of its own in torch, which keeps other tensors for the backward."""
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs a test once per backend of the CPU, which "auto" then takes."""

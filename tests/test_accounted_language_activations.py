@@ -1,7 +1,4 @@
-"""The plan's activations of causal language models against what autograd keeps, and adapters as peft makes them.
-
-Named so that it runs first: ZeRO-3 leaves a linear function of its own behind in the process, which keeps more.
-"""
+"""The plan's activations of causal language models against what autograd keeps, and adapters as peft makes them."""
 
 from pathlib import Path
 from typing import Any
