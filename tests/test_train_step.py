@@ -137,6 +137,8 @@ def test_a_round_that_fails_leaves_the_other_rounds(monkeypatch: pytest.MonkeyPa
             raise RuntimeError("it broke")
         if "profile" in job:
             return {"parts_ms": {"backward": 3.0}, "idle_share": 0.25}
+        if arm == "agreement":
+            return {"agrees": True, "batches": 1, "compared": []}
         seconds = 1.0 if arm == "mixkd_fast" else 2.0 * ran.count(arm)
         return {**FAKE, "epochs": [{"seconds": seconds, "rows": 64, "tokens": 640}]}
 
@@ -150,7 +152,7 @@ def test_a_round_that_fails_leaves_the_other_rounds(monkeypatch: pytest.MonkeyPa
     assert found["arms"]["tuned"]["mixkd_fast_is"]["rounds"] == [2.0, 4.0]
     assert found["arms"]["mixkd_fast"]["idle_share"] == 0.25 and "idle_share" not in found["arms"]["tuned"]
     text = page_of(json.loads(json.dumps(found)), device="cuda")
-    assert "- textbook (round 1) FAILED: it broke" in text and "GPU idle" in text and "| 25 % |" in text
+    assert "- textbook (round 1) FAILED: RuntimeError: it broke" in text and "GPU idle" in text and "| 25 % |" in text
     failing = "mixkd_fast"
     found = train_step.measure("tiny", options)
     assert "mixkd_fast" not in found["arms"] and "mixkd_fast_is" not in found["arms"]["tuned"]
