@@ -20,7 +20,7 @@ def alone_in(folder: Path, field: str, what: str) -> Iterator[None]:
     Raises: ConfigurationError that names the field if one is at work there; OSError if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(folder / f".{what}.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -139,5 +139,5 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
             result = run(program("--config", path, *more))
             assert result.returncode == 1
             assert "output.directory = " in result.stderr and "another run is at work there" in result.stderr
-    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".run.lock"]
     must_run(program("--config", path))

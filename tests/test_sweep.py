@@ -262,7 +262,7 @@ def test_several_ranks_are_started_by_the_launcher(tmp_path: Path) -> None:
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = _write(tmp_path, fields={"method.temperature": [1.0]})
     (tmp_path / "out").mkdir()
-    with (tmp_path / "out" / ".lock").open("w") as lock:
+    with (tmp_path / "out" / ".sweep.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert _run(path) == 1
     assert "another sweep is at work there" in capsys.readouterr().err
