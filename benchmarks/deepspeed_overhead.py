@@ -113,8 +113,8 @@ class BareLoop:
         terms, _ = self.module(batch, moment)
         (terms.sum() / 32).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-        self.optimizer.grad_scale = (norm + 1e-6).clamp(min=1.0)  # type: ignore[attr-defined]
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        # What the fused kernel reads of a gradient scaler: it divides by the one and leaves out the step by the other.
+        vars(self.optimizer).update(grad_scale=(norm + 1e-6).clamp(min=1.0), found_inf=(~torch.isfinite(norm)).float())
         self.optimizer.step()
         self.optimizer.zero_grad()
 

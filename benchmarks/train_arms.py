@@ -184,9 +184,11 @@ class Loop:
         self.collate = Collate(self.rows, job["max_length"] if textbook else None)
         self.loader = None
         if job["workers"] and not textbook:
+            numbers: Any = self.numbers
+            dataset: Any = range(len(self.rows))
             self.loader = DataLoader(
-                range(len(self.rows)),  # type: ignore[arg-type]
-                batch_sampler=self.numbers,  # type: ignore[arg-type]
+                dataset,
+                batch_sampler=numbers,
                 collate_fn=self.collate,
                 num_workers=job["workers"],
                 prefetch_factor=4,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -130,13 +131,13 @@ def _run(
     parts = prepare(config, loaded, device)
     extras = config.method.build(setting_of(config, loaded, parts, device))
     module = DistillationModule(parts.student, parts.teacher, extras, config.method)
-    engine = Engine(module, config.training, parts.deepspeed_config, device, parts.train.source_rows)
-    run = Run(config, folder, parts, engine)
-    if resume:
-        run.resume()
-    print_start(config, parts, engine, run.arithmetic, run.steps)
-    run.train(progress)
-    summary = finish(run, time.time() - started)
+    with closing(Engine(module, config.training, parts.deepspeed_config, device, parts.train.source_rows)) as engine:
+        run = Run(config, folder, parts, engine)
+        if resume:
+            run.resume()
+        print_start(config, parts, engine, run.arithmetic, run.steps)
+        run.train(progress)
+        summary = finish(run, time.time() - started)
     model, saved_tokenizer = load_model(folder.path / "student", parts.spec.kind == "causal_lm")
     return Result(model, saved_tokenizer, summary["metrics"], folder.path, summary)
 

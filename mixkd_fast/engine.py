@@ -108,6 +108,10 @@ class Engine:
         self._skips_frozen = bool(frozen) and frozen <= {id(p) for p in module.student.parameters()}
         self.monitor = self._engine.monitor
 
+    def close(self) -> None:
+        """Let go of the model and its states: ZeRO's hooks keep them alive for as long as the process lives."""
+        self._engine.destroy()
+
     def step(self, batches: Sequence[Batch], moment: Moment, learning_rate: float, batch_size: int) -> None:
         """Accumulate the micro-batches of this rank and update the weights once; `report` says how it went.
 

@@ -3,7 +3,7 @@
 import os
 import signal
 from types import FrameType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 
@@ -16,7 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self._launcher = self._launcher_process()
         self._command_pid = self._launcher.ppid() if self._launcher else None
 
@@ -30,7 +30,7 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:

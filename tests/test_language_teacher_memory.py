@@ -39,7 +39,7 @@ def measured(teacher: Path, rests: str) -> list[dict[str, Any]]:
     output = teacher.parent / rests
     if not output.exists():
         output.mkdir()
-        must_run_ranks(2, str(teacher), str(output), rests, script=WORKER)
+        must_run_ranks(2, str(teacher), str(output), rests, script=WORKER, fresh=True)
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

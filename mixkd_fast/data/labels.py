@@ -275,9 +275,9 @@ def _as_integer(value: object) -> int | None:
     return None
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     try:
-        float(value)  # type: ignore[arg-type]
+        float(value)
     except (TypeError, ValueError):
         return False
     return not isinstance(value, str) or value.strip().lower().lstrip("+-") not in ("nan", "inf", "infinity")

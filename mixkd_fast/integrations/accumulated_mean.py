@@ -5,6 +5,7 @@ micro-batch's loss is a sum divided by one number, so that any cut of a batch gi
 Legend of shape suffixes: B rows.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ class EvaluatedRows(NamedTuple):
     """The student's ModelOutput, or None where no logits were asked for."""
 
 
-class AccumulatedMean:
+class AccumulatedMean(ABC):
     """To be named before a `transformers.Trainer` among the bases of a class.
 
     The class gives `num_targets`, `evaluate_rows`, `weights_of_parts` and a `compute_loss` that divides by `divisor`.
@@ -40,17 +41,17 @@ class AccumulatedMean:
     accelerator: Any
     _evaluated: list[Tensor] | None = None
 
+    @abstractmethod
     def num_targets(self, inputs: Any) -> Tensor:
         """How many targets of a micro-batch enter the mean: an integer tensor of one element."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluate_rows(self, model: Any, inputs: Any, with_outputs: bool) -> EvaluatedRows:
         """What `prediction_step` reports of a batch; called without gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights_of_parts(self) -> tuple[float, float]:
         """Weights of the kd and the task loss in the training loss."""
-        raise NotImplementedError
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -12,8 +12,9 @@ def check_offline(folder: str, has_model: bool, method: Method, kind: str | None
     if kind != "causal_lm":
         raise ValueError(f'{where} is for task.kind "causal_lm", and the kind is {kind or "null"}; leave it out')
     if not method.takes_stored_teacher:
+        name: str = vars(method)["name"]
         raise ValueError(
-            f'{where} has answers for the rows of the corpus alone, and method "{method.name}" asks the teacher about '  # type: ignore[attr-defined]
+            f'{where} has answers for the rows of the corpus alone, and method "{name}" asks the teacher about '
             "more, or not at all; leave it out"
         )
     if method.needs_mixed_teacher and not has_model:
