@@ -1,10 +1,14 @@
-"""Locks of dead builds. A process killed while torch compiles or loads an extension leaves one behind, and every later
-start would wait on it for ever; `without_dead_locks` guards the places where DeepSpeed loads its extensions.
+"""The places where DeepSpeed builds and loads its extensions, guarded by `guarded_builds`.
+
+Against locks of dead builds: a process killed while torch compiles or loads an extension leaves one behind, and every
+later start would wait on it for ever. And against a second ninja: one version does not read the log of another, so that
+runs which find different ones by PATH would each compile everything anew.
 """
 
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,9 +26,10 @@ OLD_S = 900.0
 
 
 @contextlib.contextmanager
-def without_dead_locks(unheld_s: float = UNHELD_S, old_s: float = OLD_S, poll_s: float = 1.0) -> Iterator[None]:
+def guarded_builds(unheld_s: float = UNHELD_S, old_s: float = OLD_S, poll_s: float = 1.0) -> Iterator[None]:
     """Waits on entry until no lock is left that may be dead; removes those that turn dead while the block runs.
 
+    In the block the programs of this Python environment, ninja among them, come before others of the same name.
     Waiting here, not in torch: who waits there takes the end of a lock for the end of a build, and finds no library.
     """
     told = False
@@ -43,9 +48,12 @@ def without_dead_locks(unheld_s: float = UNHELD_S, old_s: float = OLD_S, poll_s:
 
     thread = threading.Thread(target=watch, name="build locks", daemon=True)
     thread.start()
+    path = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + path
     try:
         yield
     finally:
+        os.environ["PATH"] = path
         done.set()
         thread.join()
 

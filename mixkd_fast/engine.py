@@ -20,7 +20,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.profiler import record_function
 
 from mixkd_fast import distributed
-from mixkd_fast.build_locks import without_dead_locks
+from mixkd_fast.build_locks import guarded_builds
 from mixkd_fast.causal_lm import CausalLM
 from mixkd_fast.configuration import Training
 from mixkd_fast.data.batching import Batch
@@ -52,7 +52,7 @@ def start_distributed(device: torch.device) -> None:
         else:
             alone = HashStore()
             torch.distributed.init_process_group(backend, timeout=_TIMEOUT, store=alone, rank=0, world_size=1)
-    with without_dead_locks():
+    with guarded_builds():
         deepspeed.init_distributed(
             dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False
         )
@@ -82,7 +82,7 @@ class Engine:
         groups = _parameter_groups(module, training.weight_decay)
         zero_stage = config.get("zero_optimization", {}).get("stage", 0)
         try:
-            with without_dead_locks():
+            with guarded_builds():
                 optimizer = None if "optimizer" in config else _adamw(module, training, config)
                 self._is_plain = zero_stage == 0 and training.precision != "fp16"
                 self._is_plain &= not config.get("bf16", {}).get("enabled", False)

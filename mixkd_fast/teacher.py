@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mixkd_fast import distributed
-from mixkd_fast.build_locks import without_dead_locks
+from mixkd_fast.build_locks import guarded_builds
 from mixkd_fast.causal_lm import CausalLM, Head, answers_of, can_probe, check_probe
 from mixkd_fast.configuration import Precision, Teacher
 from mixkd_fast.data.batching import Batch
@@ -35,7 +35,7 @@ class ShardedTeacher:
     def __init__(self, encoder: Encoder | CausalLM, zero_config: dict[str, Any]) -> None:
         encoder.requires_grad_(False)
         self.encoder = encoder
-        with without_dead_locks():
+        with guarded_builds():
             self._engine, *_ = deepspeed.initialize(model=_Dispatch(encoder), config=zero_config)
         self._engine.eval()
 

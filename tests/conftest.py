@@ -14,6 +14,8 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One ninja for this process and those it starts: see mixkd_fast.build_locks.
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
 if not torch.cuda.is_available():
     # Before anything imports triton, whose own functions become interpreted or compiled when it is.
     os.environ["TRITON_INTERPRET"] = "1"

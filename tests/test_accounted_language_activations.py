@@ -44,7 +44,7 @@ def measured_activations(model: Any, autocast: bool) -> int:
         address = tensor.untyped_storage().data_ptr()
         if address not in own and tuple(tensor.shape) not in weights:
             kept[address] = tensor
-        return tensor
+        return tensor.detach()  # an output that its own node kept would never be freed
 
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),

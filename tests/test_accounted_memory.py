@@ -52,7 +52,7 @@ def kept_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+        return tensor.detach()  # an output that its own node kept would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()

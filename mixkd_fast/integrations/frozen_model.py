@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixkd_fast.build_locks import guarded_builds
 from mixkd_fast.model_checks import largest_layer_numel
 
 
@@ -58,6 +59,7 @@ def _partitioned(model: nn.Module, accelerator: Any, zero3: dict[str, Any]) -> A
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": None}
     if accelerator.mixed_precision in ("bf16", "fp16"):
         config[accelerator.mixed_precision] = {"enabled": True}
-    engine, *_ = deepspeed.initialize(model=model, config=config)
+    with guarded_builds():
+        engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
