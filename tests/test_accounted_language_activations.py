@@ -41,10 +41,11 @@ def measured_activations(model: Any, autocast: bool) -> int:
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # a graph that holds itself through its hooks would never be freed
         address = tensor.untyped_storage().data_ptr()
         if address not in own and tuple(tensor.shape) not in weights:
             kept[address] = tensor
-        return tensor.detach()  # an output that its own node kept would never be freed
+        return tensor
 
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),

@@ -51,8 +51,9 @@ def kept_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # a graph that holds itself through its hooks would never be freed
         kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor.detach()  # an output that its own node kept would never be freed
+        return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()

@@ -10,13 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 from toy import losses, records
-from toy_lm import batch_of, byte_batch, byte_rows, language_config, random_rows, rows_of, setting_of, tiny_lm
+from toy_lm import (
+    batch_of,
+    byte_batch,
+    byte_rows,
+    gradient_of,
+    language_config,
+    random_rows,
+    rows_of,
+    run,
+    setting_of,
+    tiny_lm,
+)
 
 from mixkd_fast.causal_lm import CausalLM
-from mixkd_fast.configuration import Config, validate
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.data.next_tokens import IGNORED
-from mixkd_fast.distillation import Result, run_config
 from mixkd_fast.frozen_teacher import FrozenTeacher
 from mixkd_fast.methods import DPKD, DistiLLM2, Moment
 
@@ -48,10 +57,6 @@ def log_ratio(batch: Batch, student: CausalLM, teacher: FrozenTeacher, row: int,
         if label != IGNORED:
             total, count = total + q[t, label] - p[t, label], count + 1
     return total / count if normalized else total
-
-
-def gradient_of(value: Tensor, model: torch.nn.Module) -> list[Tensor]:
-    return list(torch.autograd.grad(value, list(model.parameters()), retain_graph=True))
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -208,10 +213,6 @@ def test_a_students_answer_serves_for_some_steps() -> None:
         assert sorted(extras.written) == [3, 4], "what is too old to be used again goes"
     each = method.model_copy(update={"write_every": 1}).build(setting_of(rows))
     assert written(each, 0, 1, [2, 3]) == early
-
-
-def run(config: dict[str, Any], resume: bool = False) -> Result:
-    return run_config(validate(Config, config), resume=resume, progress=False)
 
 
 def dpkd_config(folder: Path, output: str = "run", **method: Any) -> dict[str, Any]:

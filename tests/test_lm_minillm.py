@@ -17,18 +17,18 @@ from toy_lm import (
     batch_of,
     byte_batch,
     byte_rows,
+    gradient_of,
     language_config,
     random_rows,
     rows_of,
+    run,
     sentences,
     setting_of,
     tiny_lm,
 )
 
 from mixkd_fast.causal_lm import CausalLM
-from mixkd_fast.configuration import Config, validate
 from mixkd_fast.data.next_tokens import IGNORED
-from mixkd_fast.distillation import Result, run_config
 from mixkd_fast.errors import DataError
 from mixkd_fast.frozen_teacher import FrozenTeacher
 from mixkd_fast.language_task import Sampling
@@ -65,11 +65,6 @@ def token_logs(model: Any, answer: tuple[int, ...]) -> Tensor:
     ids = torch.tensor([[*PROMPT, *answer]])
     logs = model(input_ids=ids).logits[0].log_softmax(-1)
     return logs[len(PROMPT) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
-
-
-def gradient_of(value: Tensor, model: torch.nn.Module) -> list[Tensor]:
-    found = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), found, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -277,10 +272,6 @@ def test_options_that_would_make_the_weights_wrong_are_refused() -> None:
         MiniLLM(importance="sequence")
     with pytest.raises(ValidationError, match="lm_weight is 0"):
         MiniLLM(pretraining_files=["book.txt"], lm_weight=0.0)
-
-
-def run(config: dict[str, Any], resume: bool = False) -> Result:
-    return run_config(validate(Config, config), resume=resume, progress=False)
 
 
 def mini_config(folder: Path, output: str = "run", **method: Any) -> dict[str, Any]:

@@ -9,11 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from toy import losses, must_run_ranks, records
-from toy_lm import language_config
+from toy_lm import language_config, run
 
 from mixkd_fast.checkpoint import write_manifest
-from mixkd_fast.configuration import Config, validate
-from mixkd_fast.distillation import run_config
 
 DRAWN = {"max_new_tokens": 8}
 # Every evaluation that is not better than the first lets the student write in every step; the buffer is soon full.
@@ -22,10 +20,6 @@ EAGER |= {"ce_weight": 0.1}
 # A rate that rises far too high makes the second evaluation worse than the first.
 WORSE = {"evaluate_every": 1, "learning_rate": 0.1, "warmup": 0.3}
 WORKER = "tests/workers/zero_stages.py"
-
-
-def run(config: dict[str, Any], resume: bool = False) -> Any:
-    return run_config(validate(Config, config), resume=resume, progress=False)
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:

@@ -10,21 +10,17 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from toy import losses, records
-from toy_lm import byte_tokenizer, language_config, save_lm, sentences, tiny_lm
+from toy_lm import byte_tokenizer, language_config, run, save_lm, sentences, tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixkd_fast.causal_lm import CausalLM, Head
 from mixkd_fast.cli_evaluate import evaluate_saved, main
 from mixkd_fast.compare import compare
 from mixkd_fast.configuration import Config, validate
-from mixkd_fast.distillation import Result, distill, run_config
+from mixkd_fast.distillation import Result, distill
 from mixkd_fast.errors import ConfigurationError, ModelError
 from mixkd_fast.methods import LanguageMethod, Moment
 from mixkd_fast.metrics import evaluate_language, rouge_l
-
-
-def run(config: dict[str, Any], resume: bool = False) -> Result:
-    return run_config(validate(Config, config), resume=resume, progress=False)
 
 
 @pytest.fixture(scope="module")

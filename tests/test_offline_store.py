@@ -14,11 +14,10 @@ import pytest
 import torch
 from toy import ROOT, environment, losses, must_run, must_run_ranks, records, run_ranks
 from toy import run as run_command
-from toy_lm import byte_tokenizer, language_config, save_lm, sentences, tiny_lm, write_lines
+from toy_lm import byte_tokenizer, language_config, run, save_lm, sentences, tiny_lm, write_lines
 
 from mixkd_fast.cli import main
 from mixkd_fast.configuration import Config, validate
-from mixkd_fast.distillation import run_config
 from mixkd_fast.errors import ConfigurationError, DataError, MixKDError
 from mixkd_fast.offline.manifest import MANIFEST, WRITING, Origin
 from mixkd_fast.offline.reading import OfflineStore
@@ -28,10 +27,6 @@ from mixkd_fast.teaching import Taught, TeachOptions, teach
 
 VOCABULARY = 258
 TEACH = "mixkd_fast/cli_teach.py"
-
-
-def run(config: dict[str, Any]) -> Any:
-    return run_config(validate(Config, config), progress=False)
 
 
 def taught(config: dict[str, Any], folder: Path, kind: Any, **options: Any) -> Taught:

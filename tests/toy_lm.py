@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from mixkd_fast.configuration import Config, validate
 from mixkd_fast.data.batching import Batch, Draw, EvaluationBatches, Padding, micro_batches
 from mixkd_fast.data.tokenization import TokenRows
+from mixkd_fast.distillation import Result, run_config
 from mixkd_fast.methods import Setting
 
 _WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "red", "dog", "run")
@@ -221,3 +224,14 @@ def byte_batch(rows: TokenRows, chosen: list[int] | None = None) -> Batch:
 
     numbers = np.array(chosen if chosen is not None else range(len(rows)))
     return micro_batches(rows, Draw(numbers, None, None), 0, 1, len(numbers), Padding(257))[0]
+
+
+def run(config: dict[str, Any], resume: bool = False) -> Result:
+    """Train as the mapping says, in this process."""
+    return run_config(validate(Config, config), resume=resume, progress=False)
+
+
+def gradient_of(value: Tensor, model: torch.nn.Module) -> list[Tensor]:
+    """d value / d parameter for every parameter, zero where the value does not depend on it; the graph stays usable."""
+    found = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), found, strict=True)]
