@@ -2,8 +2,7 @@
 
 A short run is mostly imports (torch, transformers, datasets, DeepSpeed: about eight seconds of a core). A forked
 process is as fresh in every other respect: its own arguments, environment, output and exit status. Tests of launchers,
-signals and of what imports read from the environment start real processes instead; those that measure a process's
-memory ask for a fresh one, as the libraries of a forked one are mapped but not yet counted.
+signals and of what imports read from the environment start real processes instead.
 """
 
 import multiprocessing
@@ -31,15 +30,14 @@ _POLL_S = 0.02
 
 
 def run_script(
-    arguments: list[str], environments: list[dict[str, str]], timeout: float, *, fresh: bool = False
+    arguments: list[str], environments: list[dict[str, str]], timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """Run `python arguments...` in the checkout, once for every environment, side by side.
 
-    fresh: processes that import everything themselves.
     Returns: the first exit status that is not 0, and what all printed. When one fails, the others are killed.
     Raises: subprocess.TimeoutExpired, after killing all.
     """
-    context = multiprocessing.get_context("spawn" if fresh else "forkserver")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(MODULES)
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{n}.out", Path(folder) / f"{n}.err") for n in range(len(environments))]

@@ -16,16 +16,14 @@ from mixkd_fast.teacher import _zero_config
 
 WORKER = "tests/workers/language_teacher_memory.py"
 SHAPE = {
-    "hidden_size": 448,
-    "num_hidden_layers": 36,
+    "hidden_size": 320,
+    "num_hidden_layers": 72,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "intermediate_size": 1344,
+    "intermediate_size": 960,
     "tie_word_embeddings": True,
 }
 MIB = 2**20
-# Code and buffers of DeepSpeed and gloo, tensors of the forward: 41 to 78 MiB were seen.
-BESIDE_MIB = 100
 HAS_AIO = AsyncIOBuilder().is_compatible(verbose=False)
 
 
@@ -39,7 +37,7 @@ def measured(teacher: Path, rests: str) -> list[dict[str, Any]]:
     output = teacher.parent / rests
     if not output.exists():
         output.mkdir()
-        must_run_ranks(2, str(teacher), str(output), rests, script=WORKER, fresh=True)
+        must_run_ranks(2, str(teacher), str(output), rests, script=WORKER)
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -51,17 +49,17 @@ def layer_mib() -> float:
 def test_whole_teacher_shows_in_the_measure(teacher: Path) -> None:
     """The control: at stage 0 every rank holds all of it, so the measure below can fail."""
     size = (teacher / "model.safetensors").stat().st_size / MIB
-    assert size > 36 * layer_mib() > 300
+    assert size > 72 * layer_mib() > 300
     assert all(rank["peak_mib"] >= size for rank in measured(teacher, "whole"))
 
 
 @pytest.mark.parametrize("rests", ["device", "cpu"])
 def test_no_rank_ever_holds_the_whole_teacher(teacher: Path, rests: str) -> None:
+    """Half of it is elsewhere; some layers are whole, on their way, or freed and not given back to the system yet."""
     size = (teacher / "model.safetensors").stat().st_size / MIB
-    for rank in measured(teacher, rests):
-        # Its half, two layers that may be whole, three more on their way (their parts and the buffer they meet in), and
-        # what is beside it.
-        assert rank["peak_mib"] < size / 2 + 5 * layer_mib() + BESIDE_MIB < 0.95 * size, (rank, size)
+    assert 12 * layer_mib() < 0.2 * size
+    for whole, parts in zip(measured(teacher, "whole"), measured(teacher, rests), strict=True):
+        assert parts["peak_mib"] < whole["peak_mib"] - 0.25 * size, (whole, parts, size)
 
 
 @pytest.mark.parametrize("rests", ["device", "cpu"])
@@ -84,7 +82,7 @@ def test_a_teacher_on_disk_takes_less_than_one_in_memory(teacher: Path) -> None:
     size = (teacher / "model.safetensors").stat().st_size / MIB
     for whole, parts in zip(measured(teacher, "whole"), measured(teacher, "nvme"), strict=True):
         assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-        assert parts["peak_mib"] < 5 * layer_mib() + BESIDE_MIB + 0.25 * size
+        assert parts["peak_mib"] < whole["peak_mib"] - 0.5 * size, (whole, parts, size)
 
 
 @pytest.mark.skipif(HAS_AIO, reason="libaio is here, so nothing is to be refused")

@@ -18,7 +18,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     for stage in ("0", "3"):
         output = folder / stage
         output.mkdir()
-        must_run_ranks(2, str(teacher), stage, str(output), script=WORKER, fresh=True)
+        must_run_ranks(2, str(teacher), stage, str(output), script=WORKER)
         result[stage] = [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
     result["size"] = (teacher / "model.safetensors").stat().st_size / 2**20
     return result

@@ -166,12 +166,7 @@ def _output_of(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def run_ranks(
-    ranks: int,
-    *arguments: str,
-    script: str = "mixkd_fast/train.py",
-    timeout: float = 300,
-    fresh: bool = False,
-    **more: str,
+    ranks: int, *arguments: str, script: str = "mixkd_fast/train.py", timeout: float = 300, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a script as that many ranks, without a launcher's own processes, and keep what they print."""
     if torch.cuda.is_available():
@@ -179,7 +174,7 @@ def run_ranks(
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environments = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared, **more) for rank in range(ranks)]
-    return run_script([script, *arguments], environments, timeout, fresh=fresh)
+    return run_script([script, *arguments], environments, timeout)
 
 
 def must_run_ranks(ranks: int, *arguments: str, **options: Any) -> str:
