@@ -20,6 +20,10 @@ from mixkd_fast.methods.base import Method, supervised_loss
 TRAINING = {"steps": 60, "batch_size": 16, "learning_rate": 3e-3, "evaluate_every": 30, "threads": 1}
 
 
+def _folder(folder: Path) -> dict[str, Any]:
+    return {"directory": str(folder), "report": False}
+
+
 def _data(folder: Path) -> dict[str, Any]:
     return {
         "train": Dataset.from_dict(toy_rows(128, 1)),
@@ -35,7 +39,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     save_toy_teacher(folder / "start")
     result = distill(
-        student=str(folder / "start"), method=FineTune(), training=TRAINING, output=str(folder / "run"), **_data(folder)
+        student=str(folder / "start"),
+        method=FineTune(),
+        training=TRAINING,
+        output=_folder(folder / "run"),
+        **_data(folder),
     )
     assert result.metrics["validation"]["accuracy"] > 0.95, "the toy task can be learned"
     return folder / "run" / "student"
@@ -49,7 +57,7 @@ def test_student_learns_from_the_teacher(tmp_path: Path, teacher: Path, method: 
                             "intermediate_size": 64, "hidden_dropout_prob": 0.0}},
         method=method,
         training=TRAINING | {"steps": 150, "learning_rate": 5e-3},
-        output=str(tmp_path / "run"),
+        output=_folder(tmp_path / "run"),
         **_data(tmp_path),
     )  # fmt: skip
     first, last = losses(tmp_path / "run")[:5], losses(tmp_path / "run")[-5:]
@@ -86,7 +94,7 @@ def test_loaded_teacher_is_partitioned_after_its_layers_were_copied(tmp_path: Pa
             teacher={"model": AutoModelForSequenceClassification.from_pretrained(teacher), "zero_stage": stage},
             student={"num_layers": 1, "dropout": 0.0},
             training={**TRAINING, "steps": 4, "evaluate_every": 2},
-            output=str(tmp_path / f"run{stage}"),
+            output=_folder(tmp_path / f"run{stage}"),
             tokenizer=toy_tokenizer(),
             **_data(tmp_path),
         )
@@ -98,7 +106,7 @@ def test_saved_student_loads_through_pipeline(tmp_path: Path, teacher: Path) -> 
         teacher=str(teacher),
         student={"num_layers": 2},
         training={**TRAINING, "steps": 20},
-        output=str(tmp_path / "run"),
+        output=_folder(tmp_path / "run"),
         **_data(tmp_path),
     )
     classify = pipeline("text-classification", model=str(tmp_path / "run" / "student"))
@@ -131,7 +139,7 @@ def test_a_new_method_is_one_class(tmp_path: Path, teacher: Path, stages: tuple[
         student={"num_layers": 1},
         method=Projected(),
         training=TRAINING,
-        output=str(tmp_path / "run"),
+        output=_folder(tmp_path / "run"),
         deepspeed={"zero_optimization": {"stage": stages[0]}},
         **_data(tmp_path),
     )
@@ -156,13 +164,13 @@ def test_regression_is_trained_with_mse_and_scored_by_correlation(tmp_path: Path
     data = _data(tmp_path) | {"train": Dataset.from_dict(rows), "evaluation": Dataset.from_dict(rows)}
     data["task"] |= {"kind": "regression"}
     shared: dict[str, Any] = {"training": TRAINING | {"steps": 100}, **data}
-    made = distill(student=str(tmp_path / "start"), method=FineTune(), output=str(tmp_path / "teacher"), **shared)
+    made = distill(student=str(tmp_path / "start"), method=FineTune(), output=_folder(tmp_path / "teacher"), **shared)
     assert made.metrics["validation"]["pearson"] > 0.9
     result = distill(
         teacher=str(tmp_path / "teacher" / "student"),
         student={"num_layers": 1},
         method=MixKD(kd_weight=1.0),
-        output=str(tmp_path / "run"),
+        output=_folder(tmp_path / "run"),
         **shared,
     )
     assert result.metrics["validation"]["pearson"] > 0.9
@@ -174,7 +182,7 @@ def test_early_stopping_ends_the_run(tmp_path: Path, teacher: Path) -> None:
         student=str(teacher),
         method=FineTune(),
         training={**TRAINING, "steps": 60, "learning_rate": 1e-9, "evaluate_every": 5, "early_stopping": 2},
-        output=str(tmp_path / "run"),
+        output=_folder(tmp_path / "run"),
         **_data(tmp_path),
     )
     assert result.summary["training"]["stopped_early"] and result.summary["training"]["steps"] == 15
@@ -187,7 +195,7 @@ def test_monitors_are_told(tmp_path: Path, teacher: Path) -> None:
         teacher=str(teacher),
         student={"num_layers": 1},
         training={**TRAINING, "steps": 6, "evaluate_every": 3},
-        output=str(tmp_path / "run"),
+        output=_folder(tmp_path / "run"),
         deepspeed={"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "toy"}},
         **_data(tmp_path),
     )
@@ -205,7 +213,7 @@ def test_bf16_trains(tmp_path: Path) -> None:
 
 def test_method_without_its_teacher_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="teacher"):
-        distill(student="somewhere", method=Projected(), output=str(tmp_path / "run"), **_data(tmp_path))
+        distill(student="somewhere", method=Projected(), output=_folder(tmp_path / "run"), **_data(tmp_path))
 
 
 def _write(folder: Path, config: dict[str, Any]) -> str:

@@ -219,7 +219,7 @@ def test_whole_runs_on_one_rank_two_ranks_and_a_partitioned_teacher_agree(tmp_pa
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     arguments = ["--config", str(path), "--set"]
-    output = must_run(program(*arguments, f"output.directory={tmp_path / 'one'}"))
+    output = must_run(program(*arguments, f"output.directory={tmp_path / 'one'}", "--set", "output.report=true"))
     assert "20 of 40 extra rows kept (dropped: 20 of low confidence); labels from the teacher" in output
     zero3 = ["--set", "teacher.zero_stage=3"]
     must_run_ranks(2, *arguments, f"output.directory={tmp_path / 'two'}", *zero3)

@@ -1,5 +1,6 @@
 """The loop that does not wait and does not repeat itself: kept teacher logits, planned batches, late reports."""
 
+import gc
 import json
 import os
 import shutil
@@ -43,7 +44,7 @@ def train(folder: Path, teacher: Path, name: str, training: dict[str, Any] | Non
         method=method,
         task={"max_length": 32, "cache_dir": str(folder / "cache")},
         training={"epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "threads": 1, **(training or {})},
-        output=str(folder / name),
+        output={"directory": str(folder / name), "report": False},
         tokenizer=toy_tokenizer(),
         progress=False,
         **sections,
@@ -288,3 +289,18 @@ class CountedSteps(PoisonedLoss):
 
     def after_step(self, student: Any, extras: Any, moment: Any) -> None:
         self.seen.append(moment.step)
+
+
+@pytest.mark.parametrize(
+    "options", [{"deepspeed": {"zero_optimization": {"stage": 2}}}, {"training": {"precision": "bf16"}}], ids=str
+)
+def test_a_run_leaves_no_engine_behind(tmp_path: Path, teacher: Path, options: dict[str, Any]) -> None:
+    """Autograd holds ZeRO's hooks, and they the engine: its weights, states and a bucket of 2 GB."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(thing).__name__ == "DeepSpeedEngine" for thing in gc.get_objects())
+
+    before = alive()
+    train(tmp_path, teacher, "run", **{"training": {"epochs": 1}, **options})
+    assert alive() <= before

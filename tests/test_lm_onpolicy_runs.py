@@ -176,7 +176,7 @@ def test_two_ranks_give_what_one_gives(tmp_path: Path, name: str) -> None:
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
     one = tmp_path / "one"
-    alone = {**config, "output": {"directory": str(one)}}
+    alone = {**config, "output": {"directory": str(one), "report": False}}
     run(alone | {"training": config["training"] | {"micro_batch_size": 4}})
     must_run_ranks(2, str(tmp_path), "two", "4", *STAGES[name], script=WORKER)
     expected = losses(one)

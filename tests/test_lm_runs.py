@@ -28,6 +28,7 @@ def instructed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     folder = tmp_path_factory.mktemp("instruct")
     (folder / "x").mkdir()
     config = language_config(folder, instruct=True, student={"num_layers": 1, "layers": None})
+    config["output"]["report"] = True
     return folder, config, run(config)
 
 
@@ -164,7 +165,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path: Path) -> None:
     whole = language_config(tmp_path, "whole", instruct=True, method=method)
     whole["task"]["generation"] = {"max_new_tokens": 4, "temperature": 1.0}
     run(whole)
-    part = {**whole, "output": {"directory": str(tmp_path / "part")}}
+    part = {**whole, "output": {"directory": str(tmp_path / "part"), "report": False}}
     # The first half of the same schedule: what a kill after step 4 leaves.
     run(part)
     kept = tmp_path / "part" / "checkpoints"

@@ -62,7 +62,7 @@ def test_a_streamed_run_learns_and_resumes_at_the_row(streamed: dict[str, Any], 
     streamed["training"] |= {"steps": 20, "evaluate_every": 10}
     whole = _losses(streamed)
     assert np.mean(whole[-5:]) < np.mean(whole[:5])
-    again = streamed | {"output": {"directory": str(tmp_path / "again")}}
+    again = streamed | {"output": {"directory": str(tmp_path / "again"), "report": False}}
     _losses(again | {"training": streamed["training"]})
     folder = tmp_path / "again"
     # As a kill after step 10 would leave it.
@@ -125,4 +125,4 @@ def test_instructions_stream(tmp_path: Path) -> None:
     columns = {"prompt_column": "instruction", "input_column": "about", "response_column": "output"}
     config["task"] |= {"evaluation_files": {"validation": [str(tmp_path / "asked.jsonl")]}, **columns}
     with pytest.raises(DataError, match=r'no file of task.train_files has a column "about" \(task.input_column\)'):
-        _losses(config | {"output": {"directory": str(tmp_path / "other")}})
+        _losses(config | {"output": {"directory": str(tmp_path / "other"), "report": False}})

@@ -76,6 +76,7 @@ def test_twenty_steps_lower_the_methods_own_term(
 def test_both_stages_of_rdd_are_trained(tmp_path: Path, teacher: Path, student: dict[str, Any]) -> None:
     own, method = {"model": str(teacher)}, {"name": "rdd", "stage_share": 0.75}
     config = toy_config(tmp_path, teacher=own, student=student, method=method, training=TWENTY)
+    config["output"]["report"] = True
     result = distill(**config, progress=False)
     lines = [line["terms"] for line in records(tmp_path / "run")]
     assert [set(line) for line in lines] == [{"mle"}] * 15 + [{"kd", "mle"}] * 5

@@ -117,7 +117,7 @@ def test_what_the_teacher_finds_learnable_is_chosen(
 
 def test_twenty_steps_through_the_program(corpus: tuple[Path, dict[str, Any], list[bool]], tmp_path: Path) -> None:
     _, config, learnable = corpus
-    config = {**config, "output": {"directory": str(tmp_path / "run")}}
+    config = {**config, "output": {"directory": str(tmp_path / "run"), "report": False}}
     config["training"] = config["training"] | {"steps": 20, "evaluate_every": 10}
     (tmp_path / "config.json").write_text(json.dumps(config))
     must_run([sys.executable, "-m", "mixkd_fast.train", "--config", str(tmp_path / "config.json")])
@@ -128,7 +128,11 @@ def test_twenty_steps_through_the_program(corpus: tuple[Path, dict[str, Any], li
     # The same as plain training on the chosen texts.
     texts = [json.loads(line) for line in Path(config["task"]["train_files"][0]).read_text().splitlines()]
     chosen = [row for row, good in zip(texts, learnable, strict=True) if good]
-    plain = {**config, "method": {"name": "finetune"}, "output": {"directory": str(tmp_path / "plain")}}
+    plain = {
+        **config,
+        "method": {"name": "finetune"},
+        "output": {"directory": str(tmp_path / "plain"), "report": False},
+    }
     plain["task"] = {**config["task"], "train_files": [write_lines(tmp_path / "chosen.jsonl", chosen)]}
     run_config(validate(Config, plain), progress=False)
     assert losses(tmp_path / "plain") == pytest.approx(course, rel=1e-5)
@@ -138,17 +142,25 @@ def test_other_texts_and_other_kinds_are_refused(
     corpus: tuple[Path, dict[str, Any], list[bool]], tmp_path: Path
 ) -> None:
     folder, config, _ = corpus
-    fewer = {**config, "task": {**config["task"], "train_rows": 20}, "output": {"directory": str(tmp_path / "run")}}
+    fewer = {
+        **config,
+        "task": {**config["task"], "train_rows": 20},
+        "output": {"directory": str(tmp_path / "run"), "report": False},
+    }
     with pytest.raises(DataError, match=r"method.teacher_nll = .* corpus \(texts and row numbers\)"):
         run_config(validate(Config, fewer), progress=False)
     with_teacher = validate(Config, config | {"teacher": {"model": str(folder / "reference")}, "student": {}})
     teach(with_teacher, TeachOptions("hidden", tmp_path / "hidden"), progress=False)
     wrong = {**config, "method": {**config["method"], "reference_nll": str(tmp_path / "hidden")}}
     with pytest.raises(ConfigurationError, match=r'method.reference_nll = .* kind "hidden"; allowed: "nll"'):
-        run_config(validate(Config, wrong | {"output": {"directory": str(tmp_path / "run2")}}), progress=False)
+        run_config(
+            validate(Config, wrong | {"output": {"directory": str(tmp_path / "run2"), "report": False}}), progress=False
+        )
     used = config | {"method": {"name": "lm_kd"}, "teacher": {"offline": str(folder / "teacher_nll")}}
     with pytest.raises(ConfigurationError, match='for method "miniplm"'):
-        run_config(validate(Config, used | {"output": {"directory": str(tmp_path / "run3")}}), progress=False)
+        run_config(
+            validate(Config, used | {"output": {"directory": str(tmp_path / "run3"), "report": False}}), progress=False
+        )
 
 
 def test_instructions_that_were_written_otherwise_are_not_compared(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def _run(folder: Path, method: Method, stage: int, **training: Any) -> Any:
         method=method,
         task={"max_length": 32, "cache_dir": str(folder / "cache")},
         training={"steps": 10, "batch_size": 8, "learning_rate": 1e-3, "evaluate_every": 5, "threads": 1, **training},
-        output=str(folder / "run"),
+        output={"directory": str(folder / "run"), "report": False},
         deepspeed={"zero_optimization": {"stage": stage}},
         tokenizer=toy_tokenizer(),
         progress=False,

@@ -47,7 +47,10 @@ def config_in(folder: Path, **sections: Any) -> dict[str, Any]:
 
 def offline(config: dict[str, Any], store: Path, output: str, **teacher: Any) -> dict[str, Any]:
     folder = Path(config["output"]["directory"]).with_name(output)
-    return config | {"teacher": {"offline": str(store), **teacher}, "output": {"directory": str(folder)}}
+    return config | {
+        "teacher": {"offline": str(store), **teacher},
+        "output": {"directory": str(folder), "report": False},
+    }
 
 
 def files_of(store: Path) -> dict[str, bytes]:

@@ -98,7 +98,7 @@ def toy_config(folder: Path, output: str = "run", **sections: dict[str, Any]) ->
             "evaluate_every": 6,
             "threads": 1,
         },
-        "output": {"directory": str(folder / output)},
+        "output": {"directory": str(folder / output), "report": False},  # its plots cost more than such a run
     }
     if not (folder / "teacher").exists():
         save_toy_teacher(folder / "teacher")

@@ -130,7 +130,7 @@ def language_config(folder: Path, output: str = "run", instruct: bool = False, *
             "evaluate_every": 4,
             "threads": 1,
         },
-        "output": {"directory": str(folder / output)},
+        "output": {"directory": str(folder / output), "report": False},
     }
     for name, fields in sections.items():
         replaced = name == "method" or fields is None or not isinstance(config.get(name), dict)
