@@ -133,7 +133,7 @@ def load_sharded_teacher(
     config = _zero_config(section, source.skeleton(), micro_batch_size, precision)
     if device.type == "cpu":
         return_freed_memory()
-    with deepspeed.zero.Init(config_dict_or_path=config):
+    with guarded_builds(), deepspeed.zero.Init(config_dict_or_path=config):
         model = source.build_empty()
     fill_partitioned(model, source)
     face: Encoder | CausalLM = CausalLM(model) if source.purpose == "causal_lm" else Encoder(model)
@@ -145,7 +145,8 @@ def shard_loaded_teacher(
 ) -> ShardedTeacher:
     """Partition a teacher that the caller has already loaded. Collective."""
     config = _zero_config(section, encoder.model, micro_batch_size, precision)
-    deepspeed.zero.Init(module=encoder.model, config_dict_or_path=config)
+    with guarded_builds():
+        deepspeed.zero.Init(module=encoder.model, config_dict_or_path=config)
     return ShardedTeacher(encoder, config)
 
 
