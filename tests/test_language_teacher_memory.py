@@ -23,6 +23,7 @@ SHAPE = {
     "intermediate_size": 960,
     "tie_word_embeddings": True,
 }
+WIDE = {"hidden_size": 1024, "num_hidden_layers": 12, "num_key_value_heads": 8, "intermediate_size": 2560}
 MIB = 2**20
 HAS_AIO = AsyncIOBuilder().is_compatible(verbose=False)
 
@@ -32,12 +33,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_lm(tmp_path_factory.mktemp("language") / "teacher", **SHAPE)
 
 
-def measured(teacher: Path, rests: str) -> list[dict[str, Any]]:
+def measured(teacher: Path, rests: str, **options: Any) -> list[dict[str, Any]]:
     """What each of two ranks measured."""
     output = teacher.parent / rests
     if not output.exists():
         output.mkdir()
-        must_run_ranks(2, str(teacher), str(output), rests, script=WORKER)
+        must_run_ranks(2, str(teacher), str(output), rests, script=WORKER, **options)
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -77,12 +78,15 @@ def test_the_head_is_whole_inside_gathered_head_alone(teacher: Path, rests: str)
         assert rank["head"] == [0, head, 0, 0, head, 0]
 
 
+@pytest.mark.slow  # DeepSpeed compiles its async_io first, for minutes
 @pytest.mark.skipif(not HAS_AIO, reason="DeepSpeed's async_io needs libaio and its header")
-def test_a_teacher_on_disk_takes_less_than_one_in_memory(teacher: Path) -> None:
+def test_a_teacher_on_disk_takes_less_than_one_in_memory(tmp_path: Path) -> None:
+    """Two ranks would hold half of it each. DeepSpeed leaves in memory what is below 1 MiB on a rank, so it is wide."""
+    teacher = save_lm(tmp_path / "teacher", **SHAPE | WIDE)
     size = (teacher / "model.safetensors").stat().st_size / MIB
-    for whole, parts in zip(measured(teacher, "whole"), measured(teacher, "nvme"), strict=True):
+    for whole, parts in zip(measured(teacher, "whole"), measured(teacher, "nvme", timeout=1200), strict=True):
         assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-        assert parts["peak_mib"] < whole["peak_mib"] - 0.5 * size, (whole, parts, size)
+        assert parts["peak_mib"] < whole["peak_mib"] - 0.6 * size, (whole, parts, size)
 
 
 @pytest.mark.skipif(HAS_AIO, reason="libaio is here, so nothing is to be refused")

@@ -32,7 +32,7 @@ def _section(folder: Path, name: str) -> dict[str, Any]:
     return {"name": name, **options}
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
 def test_bf16_is_near_fp32(tmp_path: Path, name: str, stage: int) -> None:
     section = _section(tmp_path, name)

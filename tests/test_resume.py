@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from toy import ROOT, environment, launched, losses, must_run, must_run_ranks, program, records, run, toy_config
 
-STAGES = (0, 1, 2, 3)
+STAGES = [pytest.param(stage, marks=[pytest.mark.slow] if stage in (1, 2) else []) for stage in (0, 1, 2, 3)]
 WORKER = "tests/workers/resume_stages.py"
 KILL_AFTER = 19  # steps: behind the checkpoint of step 14, in the middle of the second epoch
 
@@ -68,12 +68,13 @@ def _same_weights(first: Path, second: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """At every stage: one run without interruption; one killed by SIGKILL on the way and resumed."""
+def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """At every stage that is asked for: one run without interruption; one killed by SIGKILL on the way and resumed."""
     folder = tmp_path_factory.mktemp("resume")
     path = _write_config(folder)
-    must_run([sys.executable, WORKER, str(folder), "whole", "start"])
-    for stage in STAGES:
+    stages = (1, 2) if request.config.option.markexpr == "slow" else (0, 3)
+    must_run([sys.executable, WORKER, str(folder), "whole", "start", *map(str, stages)])
+    for stage in stages:
         output = folder / f"killed{stage}"
         zero = json.dumps({"zero_optimization": {"stage": stage}})
         process = _start(
@@ -82,7 +83,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _wait_for_steps(output, KILL_AFTER, process)
         _kill_tree(process)
         assert not (output / "summary.json").exists(), "killed too late to show anything"
-    must_run([sys.executable, WORKER, str(folder), "killed", "resume"])
+    must_run([sys.executable, WORKER, str(folder), "killed", "resume", *map(str, stages)])
     return folder
 
 

@@ -168,7 +168,7 @@ def test_a_longer_sweep_file_runs_what_is_new(tmp_path: Path) -> None:
     assert {trial["values"]["method.temperature"] for trial in _report(tmp_path)["trials"]} == {1.0, 4.0}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_sweep_goes_on_where_it_was(
     tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,6 @@
-"""Runs (or resumes) the same configuration at student stages 0 to 3 in one process.
+"""Runs (or resumes) the same configuration at some student stages in one process.
 
-Arguments: folder with config.json, prefix of the output folders, "start" or "resume".
+Arguments: folder with config.json, prefix of the output folders, "start" or "resume", the stages.
 """
 
 import json
@@ -13,7 +13,7 @@ from mixkd_fast import distill
 def main() -> None:
     folder, prefix, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     config = json.loads((folder / "config.json").read_text())
-    for stage in (0, 1, 2, 3):
+    for stage in map(int, sys.argv[4:]):
         config["deepspeed"] = {"zero_optimization": {"stage": stage}}
         config["output"]["directory"] = str(folder / f"{prefix}{stage}")
         distill(**config, resume=mode == "resume", progress=False)
