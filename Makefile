@@ -5,7 +5,7 @@ DEEPSPEED := $(BIN)/deepspeed
 # Processes that share the test files of `make test`.
 JOBS ?= 2
 
-OP_TESTS := $(wildcard tests/test_losses*.py tests/test_reference_divergences.py tests/test_kd_loss_*.py tests/test_mix_*.py tests/test_relation_*.py)
+OP_TESTS := $(wildcard tests/test_losses*.py tests/test_reference_divergences.py tests/test_kd_loss_*.py tests/test_mix_*.py tests/test_relation_*.py tests/test_bf16_product.py)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .PHONY: demo test test-slow bench demo-teacher quality lint build asan gpu-check venv clean

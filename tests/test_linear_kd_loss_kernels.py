@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.timing import peak_bytes
 from mixkd_fast.losses import linear_kd_loss
-from mixkd_fast.ops import HeadInputs, LinearInputs, LinearLimits, RowOptions, backends, linear_chunks
+from mixkd_fast.ops import HeadInputs, LinearInputs, LinearLimits, RowOptions, backends, bf16_product, linear_chunks
 from mixkd_fast.ops.linear_fused import arguments_of
 
 MIB = 2**20
@@ -119,6 +119,19 @@ def test_logits_never_take_more_than_allowed(changes: dict[str, Any], reduction:
     assert peak_of(512, arguments, reduction=reduction, backend="reference") > 64 * MIB
 
 
+@pytest.mark.skipif(not bf16_product.is_available(), reason="this processor does not multiply bf16")
+def test_the_gradient_of_one_chunk_needs_no_wider_copy() -> None:
+    """Of a head of 16 MiB in bf16. The logits of all rows are 4 MiB, and chunks are summed up in 32 MiB."""
+    arguments = make_heads((16,), 32768, widths=(256, 8), bias=False, dtype=torch.bfloat16)
+    assert peak_of(512, arguments, backend="cpu") < 22 * MIB
+    assert peak_of(0.5, arguments, backend="cpu") > 48 * MIB
+    results = []
+    for max_logits_mib in (512, 0.5):
+        loss = linear_kd_loss(**arguments, max_logits_mib=max_logits_mib, backend="cpu")
+        results.append(gradients_of(loss, arguments, torch.tensor(3.0))["student_weight"])
+    assert (results[0].double() - results[1]).norm() <= 3e-3 * results[1].double().norm()
+
+
 def test_dropped_rows_are_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     multiplied: list[int] = []
     original = linear_chunks.products.multiply
@@ -158,7 +171,9 @@ def test_torch_compile_finds_one_graph(reduction: Any, dtype: torch.dtype) -> No
     for function in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
         loss = function(*(arguments[name] for name in names))
         results.append((loss.detach(), gradients_of(loss, arguments, torch.full_like(loss, 3.0))))
-    torch.testing.assert_close(results[1], results[0])
+    # The compiled call cannot know that one chunk is all, and rounds bf16 once instead of twice.
+    close = {} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-6}
+    torch.testing.assert_close(results[1], results[0], **close)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

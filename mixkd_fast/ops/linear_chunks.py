@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixkd_fast.ops import bf16_product
 from mixkd_fast.ops import linear_products as products
 from mixkd_fast.ops.schema import NONE, call_in_place, call_kernel, fits_in_place
 
@@ -61,7 +62,10 @@ class RowValues(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Sums over the chunks; None where nobody asks. hidden [N, H] in its own dtype, weight and bias in the logits'."""
+    """Sums over the chunks; None where nobody asks. hidden [N, H] in its own dtype, weight and bias in the logits'.
+
+    Where one chunk is all and `round_weight` was asked for, the weight's is in the weight's dtype, rounded once.
+    """
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -141,11 +145,12 @@ def linear_kd_loss(
     row_dtype: torch.dtype,
     needs: int,
     raise_invalid: bool,
+    round_weight: bool = False,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """(kd rows [N], ce rows [N], gradients of their sum).
 
     Args: kernel = an op of `schema.OPS`; options = its arguments from divergence to ignore_index; row_dtype of the
-    results.
+    results; round_weight: see `Gradients`.
     """
     num_rows, width = student.hidden.shape
     classes = student.weight.shape[0]
@@ -154,10 +159,12 @@ def linear_kd_loss(
     new = student.hidden.new_zeros
     kd, ce = (new(num_rows, dtype=row_dtype) for _ in range(2))
     sums = student.logits_dtype
+    is_rounded = round_weight and len(chunks.begins()) == 1 and products.rounds(student.dtype, student.weight)
+    of_weight = student.weight.dtype if is_rounded else sums
     gradients = Gradients(
         new((num_rows, width)) if needs & HIDDEN else None,
         # Filled by the first chunk.
-        student.hidden.new_empty((classes, width), dtype=sums) if needs & WEIGHT else None,
+        fresh(student.hidden, (classes, width), of_weight) if needs & WEIGHT else None,
         new(classes, dtype=sums) if needs & BIAS else None,
     )
     if gradients.weight is not None and chunks.num_rows == 0:
@@ -186,6 +193,11 @@ def linear_kd_loss(
     return kd, ce, gradients
 
 
+def fresh(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that nothing has been written to, on the device of `like`; on a CPU on huge pages."""
+    return bf16_product.prefer_large_pages(like.new_empty(shape, dtype=dtype))
+
+
 def hidden_of(side: Side, rows: Tensor | slice, keep: Tensor | None) -> Tensor:
     """A chunk's hidden states in the dtype of the products; those of rows that do not count as 0, for 0 NaN is NaN."""
     hidden = side.hidden[rows].to(side.dtype)
@@ -197,11 +209,11 @@ class Buffers:
 
     def __init__(self, student: Side, teacher: Side | None, most_rows: int, needs: int) -> None:
         self.student, self.teacher, self.needs = student, teacher, needs
-        new, classes = student.hidden.new_empty, student.weight.shape[0]
-        self._student = new((most_rows, classes), dtype=student.logits_dtype)
+        hidden, classes = student.hidden, student.weight.shape[0]
+        self._student = fresh(hidden, (most_rows, classes), student.logits_dtype)
         self._teacher = None
         if teacher is not None:
-            self._teacher = new((most_rows, teacher.weight.shape[0]), dtype=teacher.logits_dtype)
+            self._teacher = fresh(hidden, (most_rows, teacher.weight.shape[0]), teacher.logits_dtype)
         self._slope = torch.empty_like(self._student) if needs and student.softcap is not None else None
         self._rounded: Tensor | None = None
         if needs and student.dtype != student.logits_dtype:
@@ -210,7 +222,7 @@ class Buffers:
                 # The teacher's logits are of no use any more once there is a gradient.
                 self._rounded = self._teacher.view(-1).view(student.dtype)[: most_rows * classes]
             else:
-                self._rounded = new(most_rows * classes, dtype=student.dtype)
+                self._rounded = fresh(hidden, (most_rows * classes,), student.dtype)
 
     def student_logits(self, hidden_nH: Tensor) -> Tensor:
         """[n, C] of the chunk."""

@@ -109,8 +109,8 @@ def computing_on(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def _kernel(*arguments: Any) -> tuple[Tensor, ...]:
-    """The op: see RESULTS; a gradient that `needs` does not name is [0]."""
+def _kernel(*arguments: Any, round_weight: bool = False) -> tuple[Tensor, ...]:
+    """The op: see RESULTS; a gradient that `needs` does not name is [0]. round_weight: see `Gradients`."""
     *given, needs = arguments
     call = Arguments._make(given).detached()
     values = RowValues(*call[6:12])
@@ -128,6 +128,7 @@ def _kernel(*arguments: Any) -> tuple[Tensor, ...]:
             call.row_dtype(),
             needs,
             call.raise_invalid,
+            round_weight,
         )
         return kd.sum() + ce.sum(), kd, ce, *(new_empty(0) if g is None else g for g in gradients)
 
@@ -154,7 +155,9 @@ def needs_of(call: Any) -> int:
 def _scaled(gradient: Tensor, grad_output: Tensor, dtype: torch.dtype, reuse: bool) -> Tensor:
     """gradient * grad_output, rounded once; in its own memory if nobody may ask for it again."""
     if reuse and gradient.dtype == dtype:
-        return gradient.mul_(grad_output)
+        # A CPU's number can be looked at: 1 costs nothing.
+        is_one = grad_output.device.type == "cpu" and grad_output.item() == 1
+        return gradient if is_one else gradient.mul_(grad_output)
     if gradient.is_cuda:
         # In one pass; a CPU would make the wider result first.
         return torch.mul(gradient, grad_output, out=torch.empty_like(gradient, dtype=dtype))
@@ -179,7 +182,7 @@ class LinearKDLossFunction(torch.autograd.Function):
         parts: list[Tensor],
     ) -> Tensor:
         """The op's kernel; the first three are those of `call`, given by themselves for autograd to see."""
-        loss, kd, ce, *gradients = _kernel(*call, needs)
+        loss, kd, ce, *gradients = _kernel(*call, needs, round_weight=True)
         ctx.save_for_backward(loss, *gradients)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in call[:3]]
         ctx.needs = needs
