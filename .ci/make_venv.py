@@ -86,9 +86,7 @@ def pip(*arguments: str) -> None:
 
 
 def pip_command(*arguments: str) -> list:
-    # Byte code is made of what is imported, when it is: a tenth of all.
-    extra = ["--no-compile"] if arguments[0] == "install" else []
-    return [PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments, *extra, "--quiet"]
+    return [PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments, "--quiet"]
 
 
 def run(command: list) -> None:

@@ -151,11 +151,10 @@ def _mib_beside_gradients(result: dict[str, Any], arm: dict[str, Any]) -> float 
     """The larger of what the forward alone and what it takes with the backward, each besides what is there at its end.
 
     In the forward there is no gradient of the weight yet: the room for it in the second figure would hide a buffer.
-    Nothing where less is there, as a gradient of bf16 that needed no fp32 sums.
     """
     spans = (("forward_peak_bytes", "forward_kept_bytes"), ("peak_bytes", "kept_bytes"))
-    beside = [arm[peak] - result[kept] for peak, kept in spans if peak in arm]
-    return max(0, *beside) / 2**20 if len(beside) == len(spans) else None
+    beside = [arm[peak] - arm.get(kept, result[kept]) for peak, kept in spans if peak in arm]
+    return max(beside) / 2**20 if len(beside) == len(spans) else None
 
 
 RULES = {

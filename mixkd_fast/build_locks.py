@@ -48,12 +48,16 @@ def guarded_builds(unheld_s: float = UNHELD_S, old_s: float = OLD_S, poll_s: flo
 
     thread = threading.Thread(target=watch, name="build locks", daemon=True)
     thread.start()
-    path = os.environ.get("PATH", os.defpath)
-    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + path
+    path = os.environ.get("PATH")
+    if sys.executable:
+        os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + (path or os.defpath)
     try:
         yield
     finally:
-        os.environ["PATH"] = path
+        if path is None:
+            os.environ.pop("PATH", None)
+        else:
+            os.environ["PATH"] = path
         done.set()
         thread.join()
 

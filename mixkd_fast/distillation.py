@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -131,7 +130,7 @@ def _run(
     parts = prepare(config, loaded, device)
     extras = config.method.build(setting_of(config, loaded, parts, device))
     module = DistillationModule(parts.student, parts.teacher, extras, config.method)
-    with closing(Engine(module, config.training, parts.deepspeed_config, device, parts.train.source_rows)) as engine:
+    with Engine(module, config.training, parts.deepspeed_config, device, parts.train.source_rows) as engine:
         run = Run(config, folder, parts, engine)
         if resume:
             run.resume()

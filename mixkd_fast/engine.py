@@ -108,9 +108,20 @@ class Engine:
         self._skips_frozen = bool(frozen) and frozen <= {id(p) for p in module.student.parameters()}
         self.monitor = self._engine.monitor
 
-    def close(self) -> None:
-        """Let go of the model and its states: ZeRO's hooks keep them alive for as long as the process lives."""
-        self._engine.destroy()
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Let go of the model and its states: ZeRO's hooks keep them alive for as long as the process lives.
+
+        That waits for the device. After an error among several ranks it is left: the device may wait for one that is
+        gone.
+        """
+        if error is None:
+            self._engine.destroy()
+        elif distributed.world_size() == 1:
+            with contextlib.suppress(Exception):  # the error itself says more
+                self._engine.destroy()
 
     def step(self, batches: Sequence[Batch], moment: Moment, learning_rate: float, batch_size: int) -> None:
         """Accumulate the micro-batches of this rank and update the weights once; `report` says how it went.

@@ -21,7 +21,12 @@ from mixkd_fast.planning.workload import workload
 
 @pytest.mark.parametrize(
     ("stage", "precision", "lora"),
-    [(0, "fp32", None), (2, "bf16", None), (0, "bf16", {"r": 8}), (3, "bf16", {"r": 8})],
+    [
+        (0, "fp32", None),
+        (3, "bf16", {"r": 8}),
+        pytest.param(2, "bf16", None, marks=pytest.mark.slow),
+        pytest.param(0, "bf16", {"r": 8}, marks=pytest.mark.slow),
+    ],
 )
 def test_states_are_what_a_real_update_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Any, precision: str, lora: dict[str, Any] | None

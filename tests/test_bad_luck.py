@@ -38,7 +38,9 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
         for file in path.rglob("*.pt"):
             file.unlink()
     limit = 40_000
-    result = run([sys.executable, "-c", _LIMITED.format(limit), "--config", cut, "--resume"])
+    limited = tmp_path / "limited.py"
+    limited.write_text(_LIMITED.format(limit))
+    result = run([sys.executable, str(limited), "--config", cut, "--resume"])
     assert result.returncode == 1, result.stderr
     assert "output.directory: cannot write" in result.stderr and "--resume" in result.stderr
     assert "Traceback" not in result.stderr

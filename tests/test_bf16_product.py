@@ -3,14 +3,15 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from toy import ROOT
 
 from mixkd_fast.ops import bf16_product
 
+ROOT = Path(__file__).resolve().parent.parent
 # Tiles of 16 x 32, blocks of 256 and 512 in depth: below, at and above their edges.
 SHAPES = [
     (1, 1, 1),
@@ -109,6 +110,18 @@ def test_what_does_not_fit_is_refused() -> None:
             product(*wrong, 1.0, False)
     with pytest.raises(RuntimeError, match="sums are kept in float32"):
         product(out.bfloat16(), left, right, 1.0, True)
+
+
+def test_the_answer_does_not_depend_on_who_asks_first() -> None:
+    code = (
+        "import torch\n"
+        "from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "from mixkd_fast.ops import bf16_product\n"
+        "with torch.device('meta'), FakeTensorMode():\n"
+        "    assert bf16_product.is_available()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("most", "available"), [("AVX512_CORE_BF16", True), ("AVX2", False)])

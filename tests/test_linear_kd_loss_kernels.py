@@ -49,6 +49,18 @@ def test_awkward_numbers_of_classes(classes: int) -> None:
         check_against_truth(arguments, "sum", ROUNDING[dtype], ce_weight=0.5, backend="cpu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads_of_any_strides(dtype: torch.dtype) -> None:
+    """Columns next to each other, and nothing next to anything."""
+    for across in (True, False):
+        arguments = make_heads((21,), 300, 290, (64, 48), dtype=dtype)
+        for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight"):
+            value = arguments[name].detach()
+            spread = value.T.contiguous().T if across else value.repeat_interleave(2, 1)[:, ::2]
+            arguments[name] = spread.requires_grad_(arguments[name].requires_grad)
+        check_against_truth(arguments, "mean", ROUNDING[dtype], ce_weight=0.5, backend="cpu")
+
+
 def test_vocabularies_of_151936_and_152064_classes() -> None:
     arguments = make_heads((2,), 151936, 152064, widths=(8, 8), dtype=torch.bfloat16, hard=False)
     check_against_truth(arguments, "mean", 1e-2, divergence="jsd", backend="cpu")
@@ -176,9 +188,10 @@ def test_torch_compile_finds_one_graph(reduction: Any, dtype: torch.dtype) -> No
     torch.testing.assert_close(results[1], results[0], **close)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_opcheck(reduction: str) -> None:
-    arguments = make_heads((6,), 11, widths=(4, 3))
+def test_opcheck(reduction: str, dtype: torch.dtype) -> None:
+    arguments = make_heads((6,), 11, widths=(4, 3), dtype=dtype)
     student = HeadInputs(arguments["student_hidden"], arguments["student_weight"], arguments["student_bias"], 5.0)
     teacher = HeadInputs(arguments["teacher_hidden"], arguments["teacher_weight"], arguments["teacher_bias"])
     rows = (arguments[name] for name in ("labels", "partner_labels", "lam", "row_weights"))

@@ -85,6 +85,7 @@ def resume_at(step: int, config: dict[str, Any], checkpoints: dict[int, Path]) -
     run(config, resume=True)
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_on_one(tmp_path: Path) -> None:
     """phi and the buffer stay, at stages whose states are cut by rank, and with adapters."""
     whole = language_config(tmp_path, instruct=True, method=EAGER, task={"generation_rows": 0})

@@ -106,7 +106,7 @@ def _accuracy(folder: Path) -> float:
     return float((predicted == torch.tensor(rows["label"])).float().mean())
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_all_students_are_trained_scored_and_saved(tmp_path: Path, stage: int) -> None:
     result = run_method(
         tmp_path,

@@ -297,14 +297,17 @@ def test_a_full_disk_leaves_finished_shards(tmp_path: Path) -> None:
     arguments += ["--output", str(tmp_path / "store")]
     small = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "  # what a full disk would do
     code = "from mixkd_fast.cli import main; sys.exit(main(['teach', *sys.argv[1:]]))"
+    limited, free = tmp_path / "limited.py", tmp_path / "free.py"
     taught(config, tmp_path / "sizes", "hidden", shard_mib=0.02)
     sizes = [path.stat().st_size for path in sorted((tmp_path / "sizes").glob("shard-*"))]
     assert max(sizes) > sizes[0]
-    failed = run_command([sys.executable, "-c", small.format(sizes[0]) + code, *arguments])
+    limited.write_text(small.format(sizes[0]) + code)
+    failed = run_command([sys.executable, str(limited), *arguments])
     assert failed.returncode == 1 and "shards are finished and stay" in failed.stderr, failed.stderr
     done = {path.name: path.stat().st_ino for path in (tmp_path / "store").glob("shard-*.safetensors")}
     assert 0 < len(done) < len(sizes) and not list((tmp_path / "store").glob(".writing-*"))
-    must_run([sys.executable, "-c", "import sys; " + code, *arguments])
+    free.write_text("import sys; " + code)
+    must_run([sys.executable, str(free), *arguments])
     assert files_of(tmp_path / "store") == files_of(tmp_path / "sizes")
     assert all((tmp_path / "store" / name).stat().st_ino == inode for name, inode in done.items())
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import launched, losses, must_run, must_run_ranks, program, records, run, toy_config
+from toy import losses, must_run, must_run_ranks, program, records, run, run_ranks, toy_config
 
 from mixkd_fast import universal
 from mixkd_fast.errors import CheckpointError
@@ -73,7 +73,7 @@ def _start_over(folder: Path, source: str, target: str) -> None:
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case that is asked for, whole on 1 and on 2 ranks, and continued from step 4 on others."""
     folder = tmp_path_factory.mktemp("ranks")
-    changes = CHANGES if request.config.option.markexpr == "slow" else QUICK
+    changes = QUICK if request.config.option.markexpr == "not slow" else CHANGES
     for ranks in (1, 2):
         cases = sorted({case for (before, _), some in changes.items() if before == ranks for case in some})
         names = []
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_deepspeed_cannot_read_says_why(runs: Path, tmp_path: 
 
 
 def test_a_batch_that_the_new_ranks_do_not_divide_is_refused(runs: Path) -> None:
-    result = run(launched(3, str(runs), "resume", "stage2-whole2", script=WORKER))
+    result = run_ranks(3, str(runs), "resume", "stage2-whole2", script=WORKER)
     assert result.returncode != 0
     assert "training.batch_size = 8: is not a multiple of 3 ranks" in result.stderr
 

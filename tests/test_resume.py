@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from toy import ROOT, environment, launched, losses, must_run, must_run_ranks, program, records, run, toy_config
 
-STAGES = [pytest.param(stage, marks=[pytest.mark.slow] if stage in (1, 2) else []) for stage in (0, 1, 2, 3)]
+STAGES = [pytest.param(stage, marks=[pytest.mark.slow] if stage < 3 else []) for stage in (0, 1, 2, 3)]
 WORKER = "tests/workers/resume_stages.py"
 KILL_AFTER = 19  # steps: behind the checkpoint of step 14, in the middle of the second epoch
 
@@ -72,7 +72,8 @@ def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """At every stage that is asked for: one run without interruption; one killed by SIGKILL on the way and resumed."""
     folder = tmp_path_factory.mktemp("resume")
     path = _write_config(folder)
-    stages = (1, 2) if request.config.option.markexpr == "slow" else (0, 3)
+    items = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
+    stages = sorted({item.callspec.params["stage"] for item in items if "stages" in item.fixturenames})
     must_run([sys.executable, WORKER, str(folder), "whole", "start", *map(str, stages)])
     for stage in stages:
         output = folder / f"killed{stage}"

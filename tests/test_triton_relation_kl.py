@@ -17,8 +17,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 # numpy's, where the interpreter computes with infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter computes both halves alike, from fp32.
-FP16 = pytest.param(torch.float16, marks=[] if DEVICE == "cuda" else [pytest.mark.slow])
+# The interpreter computes them all in fp32.
+DTYPES = [
+    pytest.param(dtype, marks=[] if DEVICE == "cuda" or dtype == torch.float32 else [pytest.mark.slow])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +37,7 @@ def on_device(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value.detach().to(DEVICE).requires_grad_(value.requires_grad) for name, value in arguments.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [1, 2, 3, 17, 64, 129])
 def test_error_against_fp64(dtype: torch.dtype, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu" and dtype == torch.bfloat16:
@@ -45,7 +48,7 @@ def test_error_against_fp64(dtype: torch.dtype, length: int, monkeypatch: pytest
         check_against_fp64(arguments, "triton", in_double(arguments))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, FP16], ids=str)
+@pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[2]], ids=str)
 def test_widths_in_pieces_tokens_here_and_there_and_huge_scores(dtype: torch.dtype) -> None:
     for scale in (1.0, 100.0):
         arguments = make_relation(dtype, rows=3, heads=2, length=150, width=70, teacher_width=130, scale=scale / 5)

@@ -7,13 +7,16 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdlib>
-#include <cstring>
+#include <initializer_list>
+#include <new>
 
 #include "instruction_set.h"
 
-#if defined(__x86_64__) && defined(__linux__) && ((defined(__GNUC__) && __GNUC__ >= 11) || defined(__clang__))
+#if defined(__x86_64__) && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
 #include <cpuid.h>
 #include <immintrin.h>
+#include <strings.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -130,7 +133,11 @@ struct TilePair {
   bool two_a, two_b, add;
 };
 
+// The intrinsics that load from memory do not tell the compiler so.
+inline void finish_writes() { asm volatile("" ::: "memory"); }
+
 void multiply_by_amx(const TilePair& p) {
+  finish_writes();
   constexpr int64_t STRIDE = SUMS_ROW * sizeof(float);
   float* const lower = p.sums + TILE * SUMS_ROW;
   if (p.add) {
@@ -227,6 +234,7 @@ void configure_tiles() {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   } configuration;
   static_assert(sizeof(configuration) == 64, "what the instruction reads");
+  asm volatile("" ::"r"(&configuration) : "memory");
   _tile_loadconfig(&configuration);
 }
 
@@ -255,6 +263,7 @@ Scratch& scratch_of_this_thread() {
     ~Freed() { std::free(scratch); }
   };
   static thread_local Freed own;
+  if (own.scratch == nullptr) throw std::bad_alloc();
   return *own.scratch;
 }
 
@@ -306,13 +315,18 @@ Bf16Unit bf16_unit() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (instruction_set() != InstructionSet::AVX512 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return Bf16Unit::NONE;
     if (!(a >> 5 & 1)) return Bf16Unit::NONE;  // AVX512_BF16
-    // What lowers oneDNN, with which torch multiplies bf16.
+    // What lowers oneDNN, with which torch multiplies bf16. Of its values these two kinds have less than AMX.
     const char* const most = std::getenv("ONEDNN_MAX_CPU_ISA");
-    const auto is_most = [most](const char* part) { return most != nullptr && std::strstr(most, part) != nullptr; };
-    const bool is_free = most == nullptr || is_most("ALL") || is_most("DEFAULT") || is_most("AVX10");
-    if (!is_free && !is_most("AMX") && !is_most("BF16") && !is_most("FP16")) return Bf16Unit::NONE;
+    const auto is_one_of = [most](std::initializer_list<const char*> names) {
+      return most != nullptr &&
+             std::any_of(names.begin(), names.end(), [most](auto name) { return strcasecmp(most, name) == 0; });
+    };
+    if (is_one_of({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})) {
+      return Bf16Unit::NONE;
+    }
     const bool has_amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
-    return has_amx && (is_free || is_most("AMX")) && may_use_amx() ? Bf16Unit::AMX : Bf16Unit::AVX512;
+    const bool is_lowered = is_one_of({"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"});
+    return has_amx && !is_lowered && may_use_amx() ? Bf16Unit::AMX : Bf16Unit::AVX512;
   }();
   return unit;
 }

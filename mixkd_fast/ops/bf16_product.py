@@ -8,6 +8,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mixkd_fast.ops import native
 from mixkd_fast.ops.schema import LIBRARY
@@ -20,7 +21,10 @@ def is_available() -> bool:
 
 @functools.cache
 def _found() -> bool:
-    return not native.load("cpu") and bool(torch.ops.mixkd_fast.has_bf16_product(torch.empty(0)))
+    if native.load("cpu"):
+        return False
+    with _disable_current_modes():  # fake tensors know nothing of processors
+        return bool(torch.ops.mixkd_fast.has_bf16_product(torch.empty(0, device="cpu")))
 
 
 vars(is_available)["_dynamo_marked_constant"] = True

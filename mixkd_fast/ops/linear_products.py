@@ -52,8 +52,10 @@ def rounds(dtype: torch.dtype, weight: Tensor) -> bool:
 
 
 def prepared_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as the products take it: on a GPU in `dtype`, on a CPU as it is."""
-    return weight if weight.device.type == "cpu" else weight.to(dtype)
+    """The weight as the products take it: on a GPU in `dtype`, on a CPU as it is, with columns or rows without gaps."""
+    if weight.device.type == "cpu":
+        return weight if dtype != torch.bfloat16 or 1 in weight.stride() else weight.contiguous()
+    return weight.to(dtype)
 
 
 def multiply(hidden_nH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, scale: float, out_nC: Tensor) -> None:
@@ -89,7 +91,8 @@ def multiply(hidden_nH: Tensor, weight_CH: Tensor, bias_C: Tensor | None, scale:
 def multiply_gradient(gradient_nC: Tensor, weight_CH: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """d hidden [n, H] = scale gradient weight; gradient in the dtype of the factors."""
     if gradient_nC.device.type == "cpu" and gradient_nC.dtype == torch.bfloat16:
-        out = gradient_nC.new_empty((gradient_nC.shape[0], weight_CH.shape[1]), dtype=torch.float32)
+        kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        out = gradient_nC.new_empty((gradient_nC.shape[0], weight_CH.shape[1]), dtype=kept)
         bf16_product.multiply(gradient_nC, weight_CH, scale, out)
         return out.to(dtype)
     out = gradient_nC.new_empty((gradient_nC.shape[0], weight_CH.shape[1]))

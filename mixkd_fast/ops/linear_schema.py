@@ -153,7 +153,7 @@ def needs_of(call: Any) -> int:
 
 
 def _scaled(gradient: Tensor, grad_output: Tensor, dtype: torch.dtype, reuse: bool) -> Tensor:
-    """gradient * grad_output, rounded once; in its own memory if nobody may ask for it again."""
+    """gradient * grad_output, rounded to `dtype`; in its own memory if nobody may ask for it again."""
     if reuse and gradient.dtype == dtype:
         # A CPU's number can be looked at: 1 costs nothing.
         is_one = grad_output.device.type == "cpu" and grad_output.item() == 1

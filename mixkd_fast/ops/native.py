@@ -25,7 +25,7 @@ def load(kind: Kind) -> str:
     if not found:
         return f"not built: {_why_not_built(kind)}"
     # The schemas come first: a kernel cannot be checked against one that is not there.
-    from mixkd_fast.ops import dropout, mix_schema, relation_schema, schema  # noqa: F401
+    from mixkd_fast.ops import bf16_product, dropout, mix_schema, relation_schema, schema  # noqa: F401
 
     try:
         torch.ops.load_library(str(found[0]))
