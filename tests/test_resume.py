@@ -27,7 +27,7 @@ def _write_config(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def _wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str], timeout: float = 120) -> None:
+def _wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str], timeout: float = 300) -> None:
     """Return as soon as the run has logged `count` steps."""
     log, deadline = folder / "metrics.jsonl", time.monotonic() + timeout
     while time.monotonic() < deadline:
