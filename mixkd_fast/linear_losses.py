@@ -301,7 +301,7 @@ def _tiled(
 
 
 # What torch.compiler.disable sets, without loading the compiler for those who do not use it.
-_tiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+vars(_tiled)["_torchdynamo_disable"] = True
 
 
 def vocabulary_slice(num_classes: int, other_classes: int, rank: int, num_ranks: int) -> slice:

@@ -216,7 +216,7 @@ def resolve(op: str, device_type: str, requested: str, double: bool) -> str:
 
 
 # What torch.compiler.assume_constant_result sets, without loading the compiler for those who do not use it.
-resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+vars(resolve)["_dynamo_marked_constant"] = True
 
 
 def main() -> None:
