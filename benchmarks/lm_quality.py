@@ -6,8 +6,9 @@ FOLDER holds Parquet files: lm/tiny_shakespeare_{train,validation,test}.parquet 
 instruct/{short_tasks_train,self_instruct_seed_train,alpaca_demo_train,alpaca_long_train}.parquet and
 instruct/{dolly_eval,self_instruct_user_eval}.parquet (columns instruction, input, output). A tokenizer and a teacher
 are trained on the spot; every arm then trains the same small student, from random weights drawn by its seed, over the
-same rows and steps. Runs are kept in the work folder: what is finished is not made again, and a run that was stopped
-goes on. Results: lm_quality.json, lm_quality.md and lm_quality.svg in --output. `--report-only` renders what is there.
+same rows and steps; arms after CE begin with the student that CE made of that seed, and train as many steps again. Runs
+are kept in the work folder: what is finished is not made again, and a run that was stopped goes on. Results:
+lm_quality.json, lm_quality.md and lm_quality.svg in --output. `--report-only` renders what is there.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.lm_own_text import divergence_on_own_text
 from benchmarks.lm_quality_report import collect, write
 from benchmarks.quality_runs import commit
 from benchmarks.quality_settings import chosen, seed_numbers
 from mixkd_fast import distill
+from mixkd_fast.configuration import Task, validate
 from mixkd_fast.errors import ConfigurationError
 
 VOCABULARY = 1024
@@ -40,14 +43,27 @@ class Arm:
 
     title: str
     method: dict[str, Any]
+    start: str | None = None
+    """Arm whose student of the same seed it begins with; None draws random weights."""
+    control: str = "ce"
+    """Arm that it is compared with: labels alone, as many steps."""
 
 
-ARMS = {
-    "ce": Arm("CE (labels alone)", {"name": "finetune"}),
-    "kd": Arm("KD", {"name": "lm_kd", "kd_weight": 0.5}),
-    "gkd": Arm("GKD", {"name": "gkd"}),
-    "distillm": Arm("DistiLLM", {"name": "distillm"}),
+_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ce": ("CE (labels alone)", {"name": "finetune"}),
+    "kd": ("KD", {"name": "lm_kd", "kd_weight": 0.5}),
+    "gkd": ("GKD", {"name": "gkd"}),
+    "distillm": ("DistiLLM", {"name": "distillm"}),
 }
+ARMS = {name: Arm(title, method) for name, (title, method) in _METHODS.items()} | {
+    f"ce_{name}": Arm(f"CE, then {title}", method, start="ce", control="ce_ce")
+    for name, (title, method) in _METHODS.items()
+}
+
+
+LEARNING_RATE = 2e-3
+LEARNING_RATE_AGAIN = 1e-3
+"""Of students that begin trained."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +81,6 @@ class Setting:
     batch_size: int = 16
     answer_tokens: int = 48
     """Longest text that a student writes for its own training."""
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Arm -> options of its method that this corpus needs."""
 
 
 SETTINGS = {
@@ -119,12 +133,14 @@ def main() -> int:
     if not arguments.report_only:
         for name in settings:
             for arm, seed in [("teacher", 0)] + [(arm, seed) for seed in seeds for arm in arms]:
-                make(name, arm, seed, options)
+                start = None if arm == "teacher" else ARMS[arm].start
+                for needed in (arm,) if start is None else (start, arm):
+                    make(name, needed, seed, options)
     planned = [(name, arm, seed) for name in settings for arm in arms for seed in seeds]
     report = collect(
         {run: finished(folder_of(*run, options), describe(*run, options)) for run in planned},
         {name: SETTINGS[name].title for name in settings},
-        {name: ARMS[name].title for name in arms},
+        {name: ARMS[name] for name in arms},
         commit(),
     )
     for path in write(report, Path(arguments.output)):
@@ -141,7 +157,7 @@ def make(setting_name: str, arm: str, seed: int, options: Options) -> dict[str, 
     description = describe(setting_name, arm, seed, options)
     done = finished(folder, description)
     if done is not None:
-        return done
+        return _with_own_text(done, folder, setting, options)
     tokenizer = train_tokenizer(options.work / setting_name / "tokenizer", _texts(setting, options))
     steps = description["steps"]
     print(f"{setting_name} {arm} seed {seed}: {steps} steps", file=sys.stderr, flush=True)
@@ -151,13 +167,13 @@ def make(setting_name: str, arm: str, seed: int, options: Options) -> dict[str, 
     started = time.perf_counter()
     result = distill(
         task=_task(setting, options),
-        teacher=None if arm == "teacher" else {"model": str(options.work / setting_name / "teacher" / "student")},
-        student={"config": _model(setting, description["model"]), "tokenizer": tokenizer},
+        teacher=None if arm == "teacher" else {"model": str(_teacher(setting_name, options))},
+        student=_student(setting_name, arm, seed, options, tokenizer),
         method=description["method"],
         training={
             "steps": steps,
             "batch_size": setting.batch_size,
-            "learning_rate": 2e-3,
+            "learning_rate": LEARNING_RATE if description["start"] is None else LEARNING_RATE_AGAIN,
             "weight_decay": 0.1,
             "warmup": 0.05,
             "schedule": "cosine",
@@ -182,7 +198,34 @@ def make(setting_name: str, arm: str, seed: int, options: Options) -> dict[str, 
         "commit": commit(),
     }
     (folder / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return _with_own_text(figures, folder, setting, options)
+
+
+def _with_own_text(figures: dict[str, Any], folder: Path, setting: Setting, options: Options) -> dict[str, Any]:
+    """The figures of a student with its distance from the teacher on its own text, which is measured once."""
+    if figures["arm"] == "teacher" or "own_text" in figures:
+        return figures
+    task = validate(Task, _task(setting, options))
+    own_text = divergence_on_own_text(
+        folder / "student", _teacher(figures["setting"], options), task, setting.answer_tokens
+    )
+    figures = {**figures, "own_text": own_text}
+    (folder / "result.json").write_text(json.dumps(figures, indent=1) + "\n")
     return figures
+
+
+def _teacher(setting_name: str, options: Options) -> Path:
+    """Folder of the teacher's weights."""
+    return folder_of(setting_name, "teacher", 0, options) / "student"
+
+
+def _student(setting_name: str, arm: str, seed: int, options: Options, tokenizer: str) -> dict[str, Any]:
+    """The student section."""
+    start = None if arm == "teacher" else ARMS[arm].start
+    if start is not None:
+        return {"model": str(folder_of(setting_name, start, seed, options) / "student")}
+    shape = TEACHER if arm == "teacher" else STUDENT
+    return {"config": _model(SETTINGS[setting_name], shape), "tokenizer": tokenizer}
 
 
 def describe(setting_name: str, arm: str, seed: int, options: Options) -> dict[str, Any]:
@@ -190,12 +233,13 @@ def describe(setting_name: str, arm: str, seed: int, options: Options) -> dict[s
     setting = SETTINGS[setting_name]
     is_teacher = arm == "teacher"
     steps = max(1, round((setting.teacher_steps if is_teacher else setting.student_steps) * options.scale))
-    method = ARMS["ce" if is_teacher else arm].method | setting.options.get(arm, {})
+    chosen_arm = ARMS["ce" if is_teacher else arm]
+    start = chosen_arm.start
     return {
         "setting": setting_name,
         "arm": arm,
         "seed": seed,
-        "method": method,
+        "method": chosen_arm.method,
         "steps": steps,
         "batch_size": setting.batch_size,
         "max_length": setting.max_length,
@@ -204,6 +248,9 @@ def describe(setting_name: str, arm: str, seed: int, options: Options) -> dict[s
         "vocabulary": VOCABULARY,
         "model": TEACHER if is_teacher else STUDENT,
         "precision": options.precision,
+        "start": None
+        if start is None
+        else {"learning_rate": LEARNING_RATE_AGAIN, "run": describe(setting_name, start, seed, options)},
         **({} if is_teacher else {"teacher": describe(setting_name, "teacher", 0, options)}),
     }
 

@@ -4,8 +4,9 @@ import json
 import math
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib
 import numpy as np
@@ -19,7 +20,17 @@ Runs = dict[tuple[str, str, int], dict[str, Any] | None]
 """(setting, arm, seed) -> figures, None for what is not made."""
 
 
-def collect(runs: Runs, settings: dict[str, str], arms: dict[str, str], commit: str) -> dict[str, Any]:
+class ArmTitle(Protocol):
+    """What the report says of an arm."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def control(self) -> str:
+        """The arm it is compared with, by the same seeds."""
+
+
+def collect(runs: Runs, settings: dict[str, str], arms: Mapping[str, ArmTitle], commit: str) -> dict[str, Any]:
     """One report: every finished run, the table of every setting, and what is missing."""
     made = {run: figures for run, figures in runs.items() if figures is not None}
     return {
@@ -27,37 +38,46 @@ def collect(runs: Runs, settings: dict[str, str], arms: dict[str, str], commit: 
         "machine": {"cores": os.cpu_count(), "system": platform.system(), "machine": platform.machine()},
         "commit": commit,
         "settings": settings,
-        "arms": arms,
+        "arms": {name: arm.title for name, arm in arms.items()},
         "tables": {name: table(made, name, arms) for name in settings},
         "results": list(made.values()),
         "missing": [list(run) for run, figures in runs.items() if figures is None],
     }
 
 
-def table(made: dict[tuple[str, str, int], dict[str, Any]], setting: str, arms: dict[str, str]) -> list[dict[str, Any]]:
-    """A row per arm: perplexity over seeds on the last split, and the log-ratio to the first arm, paired by seed."""
+def table(
+    made: dict[tuple[str, str, int], dict[str, Any]], setting: str, arms: Mapping[str, ArmTitle]
+) -> list[dict[str, Any]]:
+    """A row per arm: figures over seeds, and the log-ratio of perplexity to the arm's control, paired by seed."""
     rows = []
-    control = next(iter(arms))
-    for arm in arms:
-        values = {seed: _perplexity(figures) for (s, a, seed), figures in made.items() if (s, a) == (setting, arm)}
+    for name, arm in arms.items():
+        values = _of_seeds(made, setting, name)
         if not values:
             continue
-        base = {seed: _perplexity(f) for (s, a, seed), f in made.items() if (s, a) == (setting, control)}
+        perplexities = {seed: _perplexity(figures) for seed, figures in values.items()}
+        base = {seed: _perplexity(figures) for seed, figures in _of_seeds(made, setting, arm.control).items()}
+        own_text = [figures["own_text"]["kl"] for figures in values.values() if "own_text" in figures]
         shared = sorted(values.keys() & base.keys())
-        mean, spread = mean_and_spread(list(values.values()))
+        mean, spread = mean_and_spread(list(perplexities.values()))
         rows.append(
             {
-                "arm": arm,
+                "arm": name,
+                "control": arm.control,
                 "seeds": len(values),
                 "perplexity": mean,
                 "spread": spread,
-                "seconds": float(np.mean([f["seconds"] for (s, a, _), f in made.items() if (s, a) == (setting, arm)])),
+                "own_text": mean_and_spread(own_text) if own_text else None,
+                "seconds": float(np.mean([figures["seconds"] for figures in values.values()])),
                 "change": None
-                if arm == control or not shared
-                else interval([math.log(values[seed] / base[seed]) for seed in shared]),
+                if name == arm.control or not shared
+                else interval([math.log(perplexities[seed] / base[seed]) for seed in shared]),
             }
         )
     return rows
+
+
+def _of_seeds(made: dict[tuple[str, str, int], dict[str, Any]], setting: str, arm: str) -> dict[int, dict[str, Any]]:
+    return {seed: figures for (s, a, seed), figures in made.items() if (s, a) == (setting, arm)}
 
 
 def interval(log_ratios: list[float]) -> dict[str, float | None]:
@@ -84,10 +104,14 @@ def _teacher(report: dict[str, Any], setting: str) -> dict[str, Any] | None:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as one page."""
+    commits = sorted({result["commit"] for result in report["results"] if "commit" in result})
     lines = ["# Does distillation help language models?", ""]
     lines += [
-        f"`python -m benchmarks.lm_quality --data FOLDER`, commit {report['commit']}, "
+        f"`python -m benchmarks.lm_quality --data FOLDER`, made by commit {', '.join(commits) or report['commit']}, "
         f"{report['machine']['cores']} cores, torch {report['versions']['torch']}.",
+        "",
+        "Perplexity is that of the text of others. KL of the own text: KL(student \u2016 teacher) in nats a token, at "
+        "the tokens of text that the student draws at temperature 1.",
         "",
     ]
     for setting, title in report["settings"].items():
@@ -96,28 +120,44 @@ def markdown(report: dict[str, Any]) -> str:
             continue
         example = next(r for r in report["results"] if r["setting"] == setting)
         split = list(example["evaluation"])[-1]
-        teacher = _teacher(report, setting)
         lines += [f"## {title}", ""]
         lines += [
             f"Student: Llama, {example['model']['num_hidden_layers']} layers x {example['model']['hidden_size']}, "
-            f"{example['parameters']:,} parameters, random weights; {example['steps']} steps of "
+            f"{example['parameters']:,} parameters; {example['steps']} steps of "
             f"{example['batch_size']} rows of up to {example['max_length']} tokens; best of four evaluations on "
             f"{next(iter(example['evaluation']))}, figures of {split}.",
             "",
-            "| arm | seeds | perplexity | change against the labels alone (95 %) | seconds a run |",
-            "| --- | ---: | ---: | --- | ---: |",
         ]
-        if teacher is not None:
-            lines.append(f"| teacher | 1 | {teacher['perplexity']:.2f} | | |")
-        for row in rows:
-            perplexity = f"{row['perplexity']:.2f} \u00b1 {row['spread']:.2f}"
-            cells = (report["arms"][row["arm"]], row["seeds"], perplexity, _change(row["change"]))
-            lines.append(f"| {' | '.join(map(str, cells))} | {row['seconds']:,.0f} |")
-        lines.append("")
+        for control in dict.fromkeys(row["control"] for row in rows):
+            group = [row for row in rows if row["control"] == control]
+            lines += _rows_of(group, report, setting)
     if report["missing"]:
         names = ", ".join(f"{setting} {arm} seed {seed}" for setting, arm, seed in report["missing"])
         lines += [f"Not made: {names}.", ""]
     return "\n".join(lines)
+
+
+def _rows_of(group: list[dict[str, Any]], report: dict[str, Any], setting: str) -> list[str]:
+    """The arms of one control as a table."""
+    start = next(r.get("start") for r in report["results"] if (r["setting"], r["arm"]) == (setting, group[0]["arm"]))
+    lines = [
+        "From random weights:"
+        if start is None
+        else f"From the student that CE made of the same seed, as many steps again, at a peak learning rate of "
+        f"{start['learning_rate']:g}:",
+        "",
+        "| arm | seeds | perplexity | change against the labels alone (95 %) | KL of the own text | seconds a run |",
+        "| --- | ---: | ---: | --- | ---: | ---: |",
+    ]
+    teacher = _teacher(report, setting)
+    if teacher is not None:
+        lines.append(f"| teacher | 1 | {teacher['perplexity']:.2f} | | | |")
+    for row in group:
+        perplexity = f"{row['perplexity']:.2f} \u00b1 {row['spread']:.2f}"
+        own_text = "" if row["own_text"] is None else "{:.3f} \u00b1 {:.3f}".format(*row["own_text"])
+        cells = (report["arms"][row["arm"]], row["seeds"], perplexity, _change(row["change"]), own_text)
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['seconds']:,.0f} |")
+    return [*lines, ""]
 
 
 def _change(change: dict[str, float | None] | None) -> str:
