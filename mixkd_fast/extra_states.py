@@ -29,7 +29,8 @@ class ExtraStates:
         }
         self._missing = set(self._owners)
         # torch marks the hook, which a bound method does not allow.
-        module.register_state_dict_post_hook(partial(self._leave_out))  # type: ignore[no-untyped-call]
+        untyped: Any = module
+        untyped.register_state_dict_post_hook(partial(self._leave_out))
         module.register_load_state_dict_post_hook(self._excuse)
 
     def save(self, folder: Path) -> None:

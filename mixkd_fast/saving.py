@@ -23,7 +23,8 @@ def save_model(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: P
                 from mixkd_fast.adapters import merged
 
                 # Its own state: what is tied must be one again.
-                merged(model, weights).save_pretrained(folder)  # type: ignore[operator]
+                whole: Any = merged(model, weights)
+                whole.save_pretrained(folder)
             else:
                 model.save_pretrained(folder, state_dict=weights)
     except SafetensorError as error:

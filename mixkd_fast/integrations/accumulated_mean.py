@@ -7,7 +7,7 @@ Legend of shape suffixes: B rows.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,14 @@ class EvaluatedRows(NamedTuple):
     """The student's ModelOutput, or None where no logits were asked for."""
 
 
-class AccumulatedMean(ABC):
+if TYPE_CHECKING:
+    # Where it is used: in front of a Trainer.
+    from transformers import Trainer as _Next
+else:
+    _Next = object
+
+
+class AccumulatedMean(ABC, _Next):
     """To be named before a `transformers.Trainer` among the bases of a class.
 
     The class gives `num_targets`, `evaluate_rows`, `weights_of_parts` and a `compute_loss` that divides by `divisor`.
@@ -58,7 +65,7 @@ class AccumulatedMean(ABC):
     ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of the next optimizer step and how many targets they have together."""
         # What the base class counts depends on the model's class and on the version: labels may be counted unshifted.
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = self.complete(batches)
         return batches, self.count_targets(batches, device)
 
@@ -95,7 +102,7 @@ class AccumulatedMean(ABC):
         """Loss, logits and labels of an evaluation batch; see `transformers.Trainer`."""
         trainer: Any = self
         if inputs.get("labels") is None:
-            step: tuple[Tensor | None, Any, Any] = super().prediction_step(  # type: ignore[misc]
+            step: tuple[Tensor | None, Any, Any] = super().prediction_step(
                 model, inputs, prediction_loss_only, ignore_keys=ignore_keys
             )
             return step
@@ -123,9 +130,7 @@ class AccumulatedMean(ABC):
     ) -> Any:
         """The base class's loop, its mean of batch means replaced by means over all targets."""
         self._evaluated = []
-        output = super().evaluation_loop(  # type: ignore[misc]
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._evaluated:
             kd, task, targets = torch.stack(self._evaluated).cpu().double().sum(0).unbind()
             output.metrics[f"{metric_key_prefix}_loss"] = self._weighted(kd, task, targets).item()

@@ -5,6 +5,7 @@ Legend of shape suffixes: N training rows, B clean rows of the micro-batch, C cl
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -34,11 +35,11 @@ class RowDistillation(MixedRowDistillation):
     kd_weight: PositiveWeight = 1.0
     """Weight of the distance to the teacher on the clean rows."""
 
+    @abstractmethod
     def row_terms(
         self, batch: Batch, student_logits: Tensor, teacher_logits: Tensor, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
         """The terms [B] of the clean rows from logits [B, C]."""
-        raise NotImplementedError
 
     def terms(
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment

@@ -11,13 +11,13 @@ Legend of shape suffixes: N rows, n rows of a chunk, H width of hidden states, w
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixkd_fast.ops import RowOptions, reference
+from mixkd_fast.ops import DivergenceName, RowOptions, reference
 from mixkd_fast.ops import linear_products as products
 from mixkd_fast.ops.linear_chunks import BIAS, HIDDEN, WEIGHT, Chunks, Gradients, RowValues, Side, hidden_of
 
@@ -49,7 +49,7 @@ class TiledJob(NamedTuple):
     group: Any
 
     @property
-    def divergence(self) -> str:
+    def divergence(self) -> DivergenceName | Literal["none"]:
         """ "none" without a teacher; a two-sided formula at its end is another one."""
         name, beta, alpha = self.options.divergence, self.options.beta, self.options.alpha
         if self.teacher is None or self.options.kd_weight == 0:
@@ -246,7 +246,9 @@ class Pass:
 
     @property
     def _formula(self) -> Callable[[Tensor, Tensor, RowOptions], Tensor]:
-        return reference.DIVERGENCES[self.job.divergence]  # type: ignore[index]
+        name = self.job.divergence
+        assert name != "none"
+        return reference.DIVERGENCES[name]
 
     def sum_terms(self, needs: int) -> None:
         """The second pass, where there is one: D, and the sum of v if a gradient needs it.

@@ -64,8 +64,8 @@ class DecoderShape:
         return self.num_key_value_heads * self.head_size
 
     @classmethod
-    def of(cls, config: Any, model: nn.Module) -> "DecoderShape":
-        """The shape of a model, which may be on the meta device. Raises: ModelError for a mixture of experts."""
+    def of(cls, config: Any, model: Any) -> "DecoderShape":
+        """The shape of a transformers model, maybe on the meta device. Raises: ModelError for a mixture of experts."""
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         for name in ("num_experts", "num_local_experts", "n_routed_experts"):
             if getattr(text, name, None):
@@ -84,7 +84,7 @@ class DecoderShape:
         gated = _is_gated(first, hidden, inner)
         activation = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
         activation = activation or getattr(text, "activation_function", None)
-        output: Any = model.get_output_embeddings()  # type: ignore[operator]
+        output: Any = model.get_output_embeddings()
         return cls(
             num_layers=len(layers),
             hidden_size=hidden,
