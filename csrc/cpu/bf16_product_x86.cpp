@@ -11,6 +11,7 @@
 #include <new>
 
 #include "instruction_set.h"
+#include "target_region.h"
 
 #if defined(__x86_64__) && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
@@ -20,13 +21,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
-#endif
+MIXKD_BEGIN_AMX
 
 namespace mixkd {
 namespace {
@@ -302,11 +297,7 @@ void bf16_product_blocks(const Bf16Product& p, Bf16Unit unit, int64_t begin, int
 }
 
 }  // namespace mixkd
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+MIXKD_END_REGION
 
 namespace mixkd {
 

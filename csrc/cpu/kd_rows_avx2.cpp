@@ -1,13 +1,9 @@
 // The row loops of kd_loss for processors with AVX2, FMA.
 #include "kd_includes.h"
+#include "target_region.h"
 
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+MIXKD_BEGIN_AVX2
 namespace mixkd {
 namespace avx2 {
 // clang-format off: each needs the one before it.
@@ -25,9 +21,5 @@ void kd_rows_avx2(const KdJob& job, bool compute_double, int64_t begin, int64_t 
   avx2::kd_rows(job, compute_double, begin, end);
 }
 }  // namespace mixkd
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+MIXKD_END_REGION
 #endif

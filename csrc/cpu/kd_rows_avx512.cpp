@@ -1,14 +1,9 @@
 // The row loops of kd_loss for processors with AVX-512 (F, BW, DQ, VL).
 #include "kd_includes.h"
+#include "target_region.h"
 
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#endif
+MIXKD_BEGIN_AVX512
 namespace mixkd {
 namespace avx512 {
 // clang-format off: each needs the one before it.
@@ -26,9 +21,5 @@ void kd_rows_avx512(const KdJob& job, bool compute_double, int64_t begin, int64_
   avx512::kd_rows(job, compute_double, begin, end);
 }
 }  // namespace mixkd
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+MIXKD_END_REGION
 #endif

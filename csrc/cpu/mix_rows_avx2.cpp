@@ -1,13 +1,9 @@
 // The row loops of mix_embeddings for processors with AVX2 and FMA.
 #include "mix_includes.h"
+#include "target_region.h"
 
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+MIXKD_BEGIN_AVX2
 namespace mixkd {
 namespace avx2 {
 #include "mix_rows.h"
@@ -15,9 +11,5 @@ namespace avx2 {
 
 MixRows mix_rows_avx2() { return avx2::mix_rows(); }
 }  // namespace mixkd
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+MIXKD_END_REGION
 #endif

@@ -1,14 +1,9 @@
 // The row loops of mix_embeddings for processors with AVX-512 (F, BW, DQ, VL).
 #include "mix_includes.h"
+#include "target_region.h"
 
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#endif
+MIXKD_BEGIN_AVX512
 namespace mixkd {
 namespace avx512 {
 #include "mix_rows.h"
@@ -16,9 +11,5 @@ namespace avx512 {
 
 MixRows mix_rows_avx512() { return avx512::mix_rows(); }
 }  // namespace mixkd
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+MIXKD_END_REGION
 #endif

@@ -1,4 +1,4 @@
-// Standard headers of the loops of relation_kl: included before any `#pragma GCC target`, so that their inline
+// Standard headers of the loops of relation_kl: included before any target region, so that their inline
 // functions, which the linker shares between files, use the instructions that every machine has.
 #pragma once
 

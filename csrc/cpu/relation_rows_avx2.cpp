@@ -1,13 +1,9 @@
 // The loops of relation_kl for processors with AVX2 and FMA.
 #include "relation_includes.h"
+#include "target_region.h"
 
 #if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
+MIXKD_BEGIN_AVX2
 namespace mixkd {
 namespace avx2 {
 constexpr int VECTOR_BYTES = 32;
@@ -16,9 +12,5 @@ constexpr int VECTOR_BYTES = 32;
 
 RelationLoops relation_loops_avx2() { return avx2::relation_loops(); }
 }  // namespace mixkd
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+MIXKD_END_REGION
 #endif
