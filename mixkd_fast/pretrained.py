@@ -70,7 +70,7 @@ class _Source:
         """
         model_class: Any = type(self.structure(config))
         options = {} if self.attention is None else {"attn_implementation": self.attention}
-        with _explained(self.what), _quiet(), seeded(seed):
+        with _explained(self.what), quiet(), seeded(seed):
             model, report = model_class.from_pretrained(
                 None,
                 config=config,
@@ -251,7 +251,7 @@ def load_masked_lm(name: str, field: str, trust_remote_code: bool = False) -> nn
     Raises: ModelError if it cannot be loaded, or has no trained masked-language-model head.
     """
     what = f"{field} = {name!r}"
-    with _explained(what, name), _quiet():
+    with _explained(what, name), quiet():
         model, report = AutoModelForMaskedLM.from_pretrained(
             name,
             dtype=torch.float32,
@@ -299,8 +299,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back transformers' report of new weights, and its bar: the notes say what matters."""
+def quiet() -> Iterator[None]:
+    """Hold back transformers' reports, such as of new weights, and its bars: our own notes say what matters."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,15 +1,14 @@
 """Writing a student as transformers does, and reading it back."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
+
+from mixkd_fast.pretrained import quiet
 
 
 def save_model(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: Path, merge: bool = False) -> None:
@@ -44,17 +43,3 @@ def load_model(folder: Path, causal_lm: bool = False) -> tuple[nn.Module, Any]:
     with quiet():
         model = family.from_pretrained(folder, use_safetensors=True, **of_base)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back transformers' reports and bars."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
