@@ -29,8 +29,8 @@ def divergence_on_own_text(
     """KL(student || teacher) in nats a token, at the tokens of text that the student draws at temperature 1.
 
     The student continues the prompts of the first rows of the last evaluation split; of plain text the prompt is the
-    first half of a block. The mean over tokens of sum_v q(v) * (log q(v) - log p(v)), the whole vocabulary at each, is
-    an unbiased estimate of the divergence of texts, divided by their length: log q(y) - log p(y) by the chain rule.
+    first half of a block. At each token it is sum_v q(v) * (log q(v) - log p(v)) over the whole vocabulary; by the
+    chain rule their sum over a text is, on average, the divergence of the texts. The mean is over all tokens.
     Args: max_new_tokens = longest text. Both models need the same tokenizer.
     Returns: "kl", and "tokens", of which it is the mean.
     """

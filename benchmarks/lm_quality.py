@@ -35,6 +35,9 @@ from mixkd_fast.errors import ConfigurationError
 VOCABULARY = 1024
 TEACHER = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 704}
 STUDENT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 352}
+LEARNING_RATE = 2e-3
+LEARNING_RATE_AGAIN = 1e-3
+"""Of students that begin trained."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,6 @@ ARMS = {name: Arm(title, method) for name, (title, method) in _METHODS.items()} 
     f"ce_{name}": Arm(f"CE, then {title}", method, start="ce", control="ce_ce")
     for name, (title, method) in _METHODS.items()
 }
-
-
-LEARNING_RATE = 2e-3
-LEARNING_RATE_AGAIN = 1e-3
-"""Of students that begin trained."""
 
 
 @dataclass(frozen=True)
