@@ -171,7 +171,7 @@ def make(setting_name: str, arm: str, seed: int, options: Options) -> dict[str, 
         training={
             "steps": steps,
             "batch_size": setting.batch_size,
-            "learning_rate": LEARNING_RATE if description["start"] is None else LEARNING_RATE_AGAIN,
+            "learning_rate": LEARNING_RATE_AGAIN if "start" in description else LEARNING_RATE,
             "weight_decay": 0.1,
             "warmup": 0.05,
             "schedule": "cosine",
@@ -246,11 +246,13 @@ def describe(setting_name: str, arm: str, seed: int, options: Options) -> dict[s
         "vocabulary": VOCABULARY,
         "model": TEACHER if is_teacher else STUDENT,
         "precision": options.precision,
-        "start": None
-        if start is None
-        else {"learning_rate": LEARNING_RATE_AGAIN, "run": describe(setting_name, start, seed, options)},
+        **({} if start is None else _described_start(setting_name, start, seed, options)),
         **({} if is_teacher else {"teacher": describe(setting_name, "teacher", 0, options)}),
     }
+
+
+def _described_start(setting_name: str, start: str, seed: int, options: Options) -> dict[str, Any]:
+    return {"start": {"learning_rate": LEARNING_RATE_AGAIN, "run": describe(setting_name, start, seed, options)}}
 
 
 def finished(folder: Path, description: dict[str, Any]) -> dict[str, Any] | None:
