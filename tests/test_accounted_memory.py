@@ -133,8 +133,8 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, "fp32", "none"),
         (3, "bf16", "none"),
         # DeepSpeed compiles its AdamW of the CPU first, for minutes.
-        pytest.param(2, "bf16", "optimizer", marks=pytest.mark.slow),
-        pytest.param(3, "bf16", "optimizer+parameters", marks=pytest.mark.slow),
+        (2, "bf16", "optimizer"),
+        (3, "bf16", "optimizer+parameters"),
     ],
 )
 def test_states_are_what_a_real_update_holds(
