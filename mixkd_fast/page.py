@@ -169,6 +169,9 @@ def scatter_plot(
     axes.errorbar(across, heights, yerr=spreads, fmt="o", markersize=4.5, capsize=2, elinewidth=0.9, alpha=0.8)
     if logarithmic:
         axes.set_xscale("log")
+    else:
+        # Few enough that long numbers do not run into each other.
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     if level is not None and _is_finite(level[1]):
         axes.axhline(level[1], color="C1", linewidth=1.1, linestyle="--", label=level[0])
         axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
