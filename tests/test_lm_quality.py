@@ -66,7 +66,7 @@ def test_a_run_of_other_steps_counts_as_not_made(tmp_path: Path) -> None:
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.lm_quality", "--data", str(tmp_path), "--settings", "shakespeare"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "has no lm/tiny_shakespeare_train.parquet" in done.stderr
 
