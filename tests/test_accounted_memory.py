@@ -89,15 +89,8 @@ def test_activations_of_the_fused_encoder(family: str, dropout: float, autocast:
     batch = tiny_batch(encoder.config, lengths=[WIDTH] * ROWS, partner=None, lam=None)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         measured = kept_bytes(encoder, lambda: encoder.clean(batch).logits)
-    precision = "bf16" if autocast else "fp32"
     predicted = activation_bytes(
-        planned,
-        ROWS,
-        WIDTH,
-        precision,
-        autocast=autocast,
-        fused=True,
-        is_gpu=False,  # type: ignore[arg-type]
+        planned, ROWS, WIDTH, "bf16" if autocast else "fp32", autocast=autocast, fused=True, is_gpu=False
     )
     # Copies of weights: all of them under autocast, else the stacked queries, keys and values.
     predicted += 2 * planned.num_linear_parameters if autocast else 4 * 3 * 6 * 384**2

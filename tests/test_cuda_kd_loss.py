@@ -237,8 +237,8 @@ def test_invalid_labels_poison_their_row_only() -> None:
 def test_no_rows_and_no_gradient() -> None:
     for classes in (3, 5000):
         empty = torch.empty((0, classes), device="cuda")
-        for reduction in ("mean", "sum"):
-            assert float(kd_loss(empty, empty, reduction=reduction, backend="cuda")) == 0.0  # type: ignore[arg-type]
+        assert float(kd_loss(empty, empty, reduction="mean", backend="cuda")) == 0.0
+        assert float(kd_loss(empty, empty, reduction="sum", backend="cuda")) == 0.0
         assert kd_loss(empty, empty, reduction="none", backend="cuda").shape == (0,)
     for classes in (3, 5000, 50257, 128256):
         student, teacher = make((9, classes), 1.0, 21, torch.bfloat16), make((9, classes), 1.0, 22, torch.bfloat16)

@@ -171,7 +171,7 @@ def test_clipping_on_the_device_is_clipping(tmp_path: Path, teacher: Path) -> No
                 engine = object.__new__(Engine)
                 module = torch.nn.ParameterList([parameter])
                 engine.training, engine._guards_itself, engine._is_plain = Training(max_grad_norm=1.0), False, True
-                engine._module, engine._engine = module, _Stepper(optimizer)  # type: ignore[assignment]
+                engine._module, engine._engine = module, _Stepper(optimizer)
                 norm, applied = engine._update()
                 assert bool(applied) and norm is not None
                 torch.testing.assert_close(norm, gradient.norm())
@@ -274,7 +274,7 @@ def test_after_step_is_told_of_applied_steps_only(tmp_path: Path) -> None:
 class ChangingTerms(PoisonedLoss):
     """Fine-tuning with another term at every third step."""
 
-    name: Literal["changing"] = "changing"  # type: ignore[assignment]
+    name: Literal["changing"] = "changing"
 
     def terms(self, batch: Any, student: Any, teacher: Any, extras: Any, moment: Any) -> dict[str, Any]:
         loss = supervised_loss(student.clean(batch).logits, batch)
@@ -284,7 +284,7 @@ class ChangingTerms(PoisonedLoss):
 class CountedSteps(PoisonedLoss):
     """Remembers the steps that `after_step` is told of."""
 
-    name: Literal["counted"] = "counted"  # type: ignore[assignment]
+    name: Literal["counted"] = "counted"
     seen: ClassVar[list[int]] = []
 
     def after_step(self, student: Any, extras: Any, moment: Any) -> None:

@@ -334,7 +334,7 @@ def test_peft_students_learn_their_adapters_alone(tmp_path: Path) -> None:
 
 def gpt2_without_logits_to_keep() -> Any:
     class Whole(GPT2LMHeadModel):
-        def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:  # type: ignore[override]
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
     return Whole(GPT2Config(vocab_size=cases.LM_VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32))

@@ -223,12 +223,14 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: str, wor
 
 def test_empty_and_wrong_objects_are_refused() -> None:
     rows = Dataset.from_dict(three([0, 1, 0]))
+    numbers: Any = [1, 2]
+    splits: Any = {"train": rows, "test": rows}
     with pytest.raises(DataError, match="evaluation is empty; at least one row"):
         load_splits(Task(), rows, rows.select([]))
     with pytest.raises(DataError, match=r"train is a list; allowed: datasets\.Dataset"):
-        load_splits(Task(), [1, 2], rows)  # type: ignore[arg-type]
+        load_splits(Task(), numbers, rows)
     with pytest.raises(DataError, match='train is a dict with the splits "train", "test": pick one'):
-        load_splits(Task(), {"train": rows, "test": rows}, rows)  # type: ignore[arg-type]
+        load_splits(Task(), splits, rows)
     with pytest.raises(DataError, match=r"evaluation is \{\}; at least one"):
         load_splits(Task(), rows, {})
     with pytest.raises(ConfigurationError, match="evaluation_files is null"):

@@ -137,7 +137,7 @@ def test_no_gradient_enters_the_teacher_s_weights() -> None:
 def test_clean_rows_alone_leave_the_generator_out_of_the_contrast() -> None:
     batch, parts = _batch(), _parts()
     for rows, reaches in (("both", True), ("clean", False)):
-        method = CILDA(generator="g", contrastive_rows=rows)  # type: ignore[arg-type]
+        method = CILDA(generator="g", contrastive_rows=rows)
         loss = _terms(method, batch, parts)["contrastive"].sum()
         gradients = torch.autograd.grad(loss, list(parts[2].generator.parameters()), allow_unused=True)
         assert any(g is not None and g.any() for g in gradients) == reaches

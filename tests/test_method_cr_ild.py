@@ -68,7 +68,7 @@ def _attention(own: Any, target: Any, row: int, other: int, tokens: list[int], m
 
 
 def _hidden(own: Tensor, target: Tensor, tokens: list[int]) -> Tensor:
-    return sum(((own[t] - target[t]) ** 2).mean() for t in tokens)  # type: ignore[return-value]
+    return sum(((own[t] - target[t]) ** 2).mean() for t in tokens)
 
 
 LENGTHS = (9, 5, 7, 3)
@@ -83,7 +83,7 @@ def test_every_ild_term_is_its_equation(options: dict[str, Any]) -> None:
     extras = _extras(student, teacher)
     terms = method.terms(batch, student, teacher, extras, MOMENT)
     own, theirs, mixed = _states(student, batch), _states(teacher, batch), _states(student, batch, method)
-    projected = own[0] @ extras.projection.weight.T  # type: ignore[union-attr]
+    projected = own[0] @ extras.projection.weight.T
     assert batch.partner is not None and batch.lam is not None
     attention, hidden, consistency = [], [], []
     has_attention = method.attention != "none"
@@ -196,10 +196,10 @@ def test_imitating_oneself_costs_nothing() -> None:
     batch, (student, _) = layer_batch(), layer_models()
     teacher = own_teacher(student)
     extras = _extras(student, teacher)
-    nn.init.eye_(extras.projection.weight)  # type: ignore[union-attr]
+    nn.init.eye_(extras.projection.weight)
     batch = replace(batch, partner=torch.arange(4))
     for attention in ("maps", "relations"):
-        method = CRILD(attention=attention)  # type: ignore[arg-type]
+        method = CRILD(attention=attention)
         for name, value in method.terms(batch, student, teacher, extras, MOMENT).items():
             torch.testing.assert_close(
                 value.double(), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0, msg=name
@@ -279,7 +279,7 @@ def test_the_moving_average_follows_and_is_what_mixed_rows_meet() -> None:
         expected = 0.9 * first[name] + 0.1 * student.get_parameter(name).float()
         torch.testing.assert_close(own, expected, msg=name)
         assert not own.requires_grad
-    assert not list(extras.average.parameters()) and not extras.train().average.encoder.model.training  # type: ignore[union-attr]
+    assert not list(extras.average.parameters()) and not extras.train().average.encoder.model.training
     again = _extras(student, teacher, average=0.9)
     again.load_state_dict(extras.bfloat16().state_dict())
     assert again.average is not None

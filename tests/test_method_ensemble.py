@@ -115,7 +115,7 @@ def test_regression_and_mse_average_the_outputs() -> None:
     for num_labels, distance in ((1, "kl"), (3, "mse")):
         batch, (student, first, members) = tiny_batch(tiny_config("bert", num_labels)), _parts(num_labels)
         batch = replace(batch, labels=torch.rand(4)) if num_labels == 1 else batch
-        method = Ensemble(teachers=["two", "three"], distance=distance)  # type: ignore[arg-type]
+        method = Ensemble(teachers=["two", "three"], distance=distance)
         mean = torch.stack([one.clean(batch).logits for one in (first, *members.teachers)]).mean(0)
         expected = (mean - student.clean(batch).logits).square().mean(-1)
         found = method.terms(batch, student, first, members, MOMENT)["kd"]

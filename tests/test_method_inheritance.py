@@ -160,7 +160,7 @@ def test_the_teacher_gets_no_gradient_and_is_not_asked_in_the_end() -> None:
     assert not any(p.grad is not None for p in teacher.parameters())
     assert not any(parameter is own for parameter in teacher.parameters() for own in head.parameters())
     assert head.decoder.weight is student.model.bert.embeddings.word_embeddings.weight, "one parameter for both"
-    head.frozen = (None,)  # type: ignore[assignment]
+    head.frozen = (None,)
     late = METHOD.terms(batch, student, None, head, Moment(10, 10, 0.0))
     assert not late["inheritance"].any() and late["mlm"].sum() > 0
 

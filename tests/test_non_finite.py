@@ -35,7 +35,7 @@ class PoisonedLoss(Method):
 class PoisonedGradient(PoisonedLoss):
     """A finite loss whose gradient is infinite for one training row: sqrt at 0."""
 
-    name: Literal["poisoned_gradient"] = "poisoned_gradient"  # type: ignore[assignment]
+    name: Literal["poisoned_gradient"] = "poisoned_gradient"
 
     def terms(
         self, batch: Any, student: Any, teacher: Any, extras: nn.Module | None, moment: Moment

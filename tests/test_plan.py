@@ -222,7 +222,7 @@ def _left_out(config: Config) -> list[str]:
 def test_steps_are_unknown_without_the_number_of_rows(tmp_path: Path) -> None:
     config = config_of(tmp_path, task={"name": "mine", "hub": "someone/rows"})
     assert workload(config, row_lengths(config), 1).steps is None
-    assert make_plan(config, ["H100"], [1]).devices[0].counts[0].throughput.hours is None  # type: ignore[union-attr]
+    assert make_plan(config, ["H100"], [1]).devices[0].counts[0].throughput.hours is None
 
 
 def test_student_layers_and_configs_are_honoured(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_student_layers_and_configs_are_honoured(tmp_path: Path) -> None:
 def test_speed_follows_the_hardware(tmp_path: Path) -> None:
     config = config_of(tmp_path, training={"batch_size": 8192, "precision": "bf16", "steps": 10})
     plan = make_plan(config, ["A100", "H100", "H200"], [1, 8, 64])
-    speeds = [[count.throughput.rows_per_s for count in device.counts] for device in plan.devices]  # type: ignore[union-attr]
+    speeds = [[count.throughput.rows_per_s for count in device.counts] for device in plan.devices]
     for speed in speeds:
         assert speed[0] < speed[1] < speed[2] and speed[1] <= 8 * speed[0] * 1.01
     assert speeds[0][0] < speeds[1][0] < speeds[2][0]
@@ -257,7 +257,7 @@ def test_more_stages_exchange_more(tmp_path: Path) -> None:
     teacher = planned_teacher(config)
 
     def sent(stage: int, teacher_stage: int) -> float:
-        placement = Placement(stage, "none", teacher_stage)  # type: ignore[arg-type]
+        placement = Placement(stage, "none", teacher_stage)
         device = GPUS["H100"]
         speed = throughput(student, teacher, work, placement, device, lambda _: gpu_rates(device, "bf16"))
         return next(part.bytes_moved for part in speed.parts if part.name == "exchange")

@@ -103,7 +103,7 @@ def test_bf16_and_fp16_of_the_same_bytes_differ() -> None:
 
 def test_a_partitioned_model_is_refused() -> None:
     model = Small()
-    model.weight.ds_id = 0  # type: ignore[attr-defined]
+    model.weight.ds_id = 0
     with pytest.raises(ValueError, match="store_key_of_files"):
         store_key(model, "rows")
 

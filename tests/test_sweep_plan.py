@@ -133,7 +133,7 @@ def test_every_run_has_its_own_folder_seed_and_configuration(tmp_path: Path) -> 
         assert (training.seed, training.batch_size, training.steps) == (run.seed, 16, 5)
         assert run.config.output.directory == str(run.folder)
     assert [trial.runs[0].config.method.name for trial in trials] == ["kd", "finetune"]
-    assert trials[0].runs[0].config.method.temperature == 4.0  # type: ignore[union-attr]
+    assert trials[0].runs[0].config.method.temperature == 4.0
 
 
 def test_equal_trials_are_one_and_folders_follow_the_content(tmp_path: Path) -> None:

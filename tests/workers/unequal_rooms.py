@@ -40,7 +40,7 @@ def main() -> None:
     found: dict[str, list[Any]] = {"mixed": [], "generate": []}
     for partitioned in (True, False):
         student, teacher = asked("gpt2", 1, partitioned), asked("llama", 2, partitioned)
-        found["mixed"].append(MixedSampler(student, teacher, 0.2).generate(*inputs).tolist())  # type: ignore[arg-type]
+        found["mixed"].append(MixedSampler(student, teacher, 0.2).generate(*inputs).tolist())
         found["generate"].append(student.generate(*inputs).tolist())
     (Path(arguments[0]) / f"{rank}.json").write_text(json.dumps(found))
 
