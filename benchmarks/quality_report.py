@@ -12,7 +12,7 @@ import torch
 from scipy.special import log_softmax
 
 from benchmarks.quality_runs import TEACHER, Options, Run, commit, finished, logits_of, same, teacher_of, why_not
-from benchmarks.quality_settings import ARMS, BATCH_SIZE, SETTINGS, pairs
+from benchmarks.quality_settings import ARMS, SETTINGS, pairs
 from benchmarks.statistics import Values, hierarchical_bootstrap, holm, mean_and_spread
 from mixkd_fast.version import __version__
 
@@ -31,7 +31,6 @@ def collect(options: Options, planned: list[Run], command: str) -> dict[str, Any
         "encoder": options.encoder_name,
         "teacher_rows": options.teacher_rows,
         "precision": options.precision,
-        "batch_size": BATCH_SIZE,
         "settings": {name: asdict(setting) for name, setting in SETTINGS.items()},
         "arms": {name: asdict(arm) for name, arm in ARMS.items()},
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
@@ -183,7 +182,7 @@ def _introduction(report: dict[str, Any]) -> list[str]:
         "that encoder. Where the table names another start, the teacher starts from that task's teacher, and students "
         "from the student that KD trained there. Every arm sees the same rows in the same number of steps, but for KD "
         "with twice the steps; "
-        f"{report['precision']}, batches of {report['batch_size']} rows of like length, linear decay after 10 % "
+        f"{report['precision']}, batches of rows of like length, linear decay after 10 % "
         "warm-up, the last step's weights. Nothing was chosen on the evaluation rows but the budgets below, which are "
         "the same for all arms. ± is the standard deviation over seeds; where a setting is a share of the rows, each "
         "seed draws its own.",
@@ -198,8 +197,9 @@ def _introduction(report: dict[str, Any]) -> list[str]:
 
 def _budgets(report: dict[str, Any]) -> list[str]:
     lines = [
-        "| setting | training rows | epochs | steps | learning rate | longest row | teacher's epochs, rate | start |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+        "| setting | training rows | epochs | batch | steps | learning rate | longest row "
+        "| teacher's epochs, batch, rate | start |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for name in dict.fromkeys(r["setting"] for r in report["results"] if r["arm"] != TEACHER):
         setting = report["settings"][name]
@@ -211,10 +211,10 @@ def _budgets(report: dict[str, Any]) -> list[str]:
         rows = f"{students[0]['training_rows']:,}" if students else f"{setting['rows']:,}"
         teachers = [r for r in report["results"] if r["arm"] == TEACHER and r["description"]["task"] == setting["task"]]
         section = teachers[0]["description"]["training"] if teachers else {}
-        teacher = f"{section['epochs']:g}, {section['learning_rate']:g}" if section else ""
+        teacher = "{epochs:g}, {batch_size}, {learning_rate:g}".format(**section) if section else ""
         lines.append(
-            f"| {setting['title']} | {rows} | {setting['epochs']:g} | {steps} | {setting['learning_rate']:g} | "
-            f"{setting['max_length']} | {teacher} | {start} |"
+            f"| {setting['title']} | {rows} | {setting['epochs']:g} | {setting['batch_size']} | {steps} | "
+            f"{setting['learning_rate']:g} | {setting['max_length']} | {teacher} | {start} |"
         )
     return lines
 

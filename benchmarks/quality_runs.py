@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from benchmarks.quality_settings import ARMS, BATCH_SIZE, SETTINGS, exists, method_of
+from benchmarks.quality_settings import ARMS, SETTINGS, TEACHER_BATCH_SIZE, exists, method_of
 from benchmarks.statistics import pack
 from mixkd_fast import distill, distributed
 from mixkd_fast.checkpoint import remove_tree
@@ -129,7 +129,7 @@ def describe(run: Run, options: Options) -> dict[str, Any]:
         "method": method.model_dump(mode="json"),
         "training": {
             "epochs": float(epochs),
-            "batch_size": BATCH_SIZE,
+            "batch_size": TEACHER_BATCH_SIZE if is_teacher else setting.batch_size,
             "learning_rate": setting.teacher_learning_rate if is_teacher else setting.learning_rate,
             "precision": options.precision,
             "batching": "length",

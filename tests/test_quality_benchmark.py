@@ -15,7 +15,16 @@ from toy import ROOT, save_toy_teacher, toy_rows
 from benchmarks import quality, quality_report, quality_runs
 from benchmarks.quality_plan import estimate, plan_text
 from benchmarks.quality_runs import TEACHER, Options, Run
-from benchmarks.quality_settings import ARMS, BATCH_SIZE, SETTINGS, Setting, chosen, method_of, pairs, seed_numbers
+from benchmarks.quality_settings import (
+    ARMS,
+    SETTINGS,
+    TEACHER_BATCH_SIZE,
+    Setting,
+    chosen,
+    method_of,
+    pairs,
+    seed_numbers,
+)
 from benchmarks.statistics import pack, unpack
 from mixkd_fast.errors import ConfigurationError
 from mixkd_fast.interrupt import StopRequest
@@ -249,7 +258,7 @@ def test_report_of_a_result_file_by_hand() -> None:
     assert "| RTE | 2 | 100.0 | 0.0 ± 0.0 | 50.0 ± 70.7 | 100.0 (1) |" in text
     assert "| RTE | TMKD | 1 | +50.0 [+40.0, +60.0] | helps | -0.100 [-0.200, -0.050] | (helps) |" in text
     assert "- rte, 3 layers, not made yet: tmkd 1" in text
-    assert "| RTE | 7 | 5 | 9 | 0.0001 | 128 | 5, 0.0001 | MNLI, 26,413 rows |" in text
+    assert "| RTE | 7 | 2 | 32 | 9 | 0.0001 | 128 | 5, 32, 0.0001 | MNLI, 26,413 rows |" in text
 
 
 def test_plot_of_a_result_file_by_hand(tmp_path: Path) -> None:
@@ -261,7 +270,7 @@ def test_plot_of_a_result_file_by_hand(tmp_path: Path) -> None:
 
 def _report() -> dict[str, Any]:
     """FT is wrong everywhere, KD with one seed of two, TMKD nowhere and has one seed."""
-    teacher = {"task": "rte", "method": {}, "training": {"epochs": 5, "learning_rate": 1e-4}}
+    teacher = {"task": "rte", "method": {}, "training": {"epochs": 5, "batch_size": 32, "learning_rate": 1e-4}}
     common = {"training_rows": 7, "steps": 9, "seconds": 60.0, "device": "cpu (1 threads)"}
     results = [{**common, "setting": "rte", "arm": TEACHER, "layers": 0, "seed": 0, "description": teacher}]
     for arm, seed in (("ft", 0), ("ft", 1), ("kd", 0), ("kd", 1), ("tmkd", 0)):
@@ -281,7 +290,6 @@ def _report() -> dict[str, Any]:
         "encoder": "e",
         "teacher_rows": "all",
         "precision": "bf16",
-        "batch_size": 32,
         "settings": {name: quality_report.asdict(setting) for name, setting in SETTINGS.items()},
         "results": results,
         "comparisons": [{**pair, "accuracy": figures, "nll": nll}],
@@ -295,10 +303,16 @@ def _report() -> dict[str, Any]:
 def test_docs_state_the_budgets() -> None:
     text = (ROOT / "docs" / "quality.md").read_text()
     for name, s in SETTINGS.items():
-        steps = round(s.rows * s.epochs / BATCH_SIZE)
-        assert (
-            f"| `{name}` | {s.rows:,} | {s.epochs:g} | {steps:,} | {s.learning_rate:g} | {s.max_length} | {s.seeds} |"
-            in text
-        ), name
-        assert s.teacher_learning_rate == 1e-4
+        steps = round(s.rows * s.epochs / s.batch_size)
+        cells = [
+            f"{s.rows:,}",
+            f"{s.epochs:g}",
+            s.batch_size,
+            f"{steps:,}",
+            f"{s.learning_rate:g}",
+            s.max_length,
+            s.seeds,
+        ]
+        assert " | ".join([f"| `{name}`", *map(str, cells)]) + " |" in text, name
+        assert s.teacher_learning_rate == 1e-4 and TEACHER_BATCH_SIZE == 32
     assert all(f"`{name}`" in text for name in ARMS)
