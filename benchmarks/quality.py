@@ -12,15 +12,17 @@ and how long it takes, `--report-only` renders what is there.
 
 import argparse
 import importlib.util
+import json
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from benchmarks.quality_plan import plan_text
 from benchmarks.quality_report import collect, write
-from benchmarks.quality_runs import Options, Run, in_order, make
+from benchmarks.quality_runs import Options, Run, adopt, finished, in_order, make
 from benchmarks.quality_settings import ARMS, SETTINGS, chosen, method_of, seed_numbers
 from mixkd_fast.errors import ConfigurationError, Interrupted
 
@@ -30,12 +32,15 @@ def main() -> int:
     arguments = _arguments()
     try:
         options, planned = _options(arguments)
+        adopted = [run for file in arguments.adopt for run in adopt(_results(file), options)]
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.plan:
         print(plan_text(planned, options))
         return 0
+    if adopted:
+        print(f"{len(adopted)} runs are taken from {', '.join(map(str, arguments.adopt))}")
     exit_code = 0 if arguments.report_only else _make_all(planned, options)
     report = collect(options, planned, _command(arguments))
     for file in write(report, Path(arguments.output)):
@@ -51,6 +56,8 @@ def _make_all(planned: list[Run], options: Options) -> int:
     failed = False
     with StopSignals() as stop:
         for run in planned:
+            if finished(run, options) is not None:
+                continue
             order = in_order(run, options)
             for needed in order:
                 if not broken.isdisjoint(order):
@@ -119,6 +126,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--work", default="runs/quality", help="folder of the runs")
     parser.add_argument("--output", default="runs/quality", help="folder of quality.json, quality.md and quality.svg")
+    parser.add_argument(
+        "--adopt",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="take finished runs from a quality.json that was made elsewhere; may be given several times",
+    )
     parser.add_argument("--plan", action="store_true", help="print the runs and the time they take, and stop")
     parser.add_argument("--report-only", action="store_true", help="write the report of what is finished")
     return parser.parse_args()
@@ -127,6 +142,7 @@ def _arguments() -> argparse.Namespace:
 def _command(arguments: argparse.Namespace) -> str:
     """The command without the folders of this machine."""
     folders = {str(arguments.data): "FOLDER", str(arguments.work): "WORK", str(arguments.output): "OUTPUT"}
+    folders |= {str(file): file.name for file in arguments.adopt}
     if arguments.encoder:
         folders[arguments.encoder] = _shown(arguments.encoder)
     return " ".join(["python -m benchmarks.quality", *(folders.get(word, word) for word in sys.argv[1:])])
@@ -163,6 +179,21 @@ def _options(arguments: argparse.Namespace) -> tuple[Options, list[Run]]:
         arguments.threads,
     )
     return options, planned
+
+
+def _results(file: Path) -> list[dict[str, Any]]:
+    """The runs of a quality.json.
+
+    Raises: ConfigurationError for a file that is none.
+    """
+    try:
+        results: list[dict[str, Any]] = json.loads(file.read_text())["results"]
+        complete = all({"setting", "arm", "layers", "seed", "description", "splits"} <= r.keys() for r in results)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"--adopt {file}: must be a quality.json; {type(error).__name__}: {error}") from error
+    if not complete:
+        raise ConfigurationError(f"--adopt {file}: must be a quality.json whose runs say what they came to")
+    return results
 
 
 def _packaged_encoder() -> str:

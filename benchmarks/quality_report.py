@@ -1,7 +1,6 @@
 """The quality benchmark's result file, and the tables and the plot made from it alone."""
 
 import json
-import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -9,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax
 
-from benchmarks.quality_runs import TEACHER, Options, Run, commit, finished, logits_of, same, teacher_of, why_not
+from benchmarks.quality_runs import TEACHER, Options, Run, commit, finished, same, teacher_of, why_not
 from benchmarks.quality_settings import ARMS, SETTINGS, pairs
-from benchmarks.statistics import Values, hierarchical_bootstrap, holm, mean_and_spread
+from benchmarks.statistics import Values, hierarchical_bootstrap, holm, mean_and_spread, unpack, unpack_losses
 from mixkd_fast.version import __version__
 
 METRICS = ("accuracy", "f1", "nll", "ece", "teacher_agreement", "kl_to_teacher")
@@ -33,11 +31,10 @@ def collect(options: Options, planned: list[Run], command: str) -> dict[str, Any
         "precision": options.precision,
         "settings": {name: asdict(setting) for name, setting in SETTINGS.items()},
         "arms": {name: asdict(arm) for name, arm in ARMS.items()},
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
         "versions": {"mixkd_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "commit": commit(),
         "results": [result for _, result in sorted(runs.items(), key=lambda item: _order(item[0]))],
-        "comparisons": _comparisons(students, options),
+        "comparisons": _comparisons(students),
         "missing": [
             {
                 "setting": run.setting,
@@ -138,7 +135,7 @@ def _order(run: Run) -> tuple[int, int, int, int]:
     return list(SETTINGS).index(run.setting), -run.layers, [TEACHER, *ARMS].index(run.arm), run.seed
 
 
-def _comparisons(runs: dict[Run, dict[str, Any]], options: Options) -> list[dict[str, Any]]:
+def _comparisons(runs: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
     """Paired differences over the seeds that both arms have, then Holm's adjustment over all of them."""
     found = []
     for setting in SETTINGS:
@@ -148,11 +145,11 @@ def _comparisons(runs: dict[Run, dict[str, Any]], options: Options) -> list[dict
                 seeds = [{run.seed for run in here if run.arm == arm} for arm in (first, second)]
                 common = sorted(seeds[0] & seeds[1])
                 for split in SETTINGS[setting].splits if common else ():
-                    arms = [[Run(setting, arm, layers, seed) for seed in common] for arm in (first, second)]
+                    arms = [[runs[Run(setting, arm, layers, seed)] for seed in common] for arm in (first, second)]
                     entry: dict[str, Any] = {"setting": setting, "split": split, "layers": layers}
                     entry |= {"first": first, "second": second, "seeds": common}
                     for metric in ("accuracy", "nll"):
-                        first_SN, second_SN = (_per_row(arm, split, metric, options) for arm in arms)
+                        first_SN, second_SN = (_per_row(arm, split, metric) for arm in arms)
                         entry[metric] = asdict(hierarchical_bootstrap(first_SN, second_SN))
                     found.append(entry)
     for metric in ("accuracy", "nll"):
@@ -162,17 +159,12 @@ def _comparisons(runs: dict[Run, dict[str, Any]], options: Options) -> list[dict
     return found
 
 
-def _per_row(runs: list[Run], split: str, metric: str, options: Options) -> Values:
+def _per_row(results: list[dict[str, Any]], split: str, metric: str) -> Values:
     """Figures [S, N] of one arm."""
-    values = []
-    for run in runs:
-        arrays = logits_of(run, options)
-        logits, labels = arrays[f"{split}.logits"].astype(np.float64), arrays[f"{split}.labels"]
-        if metric == "accuracy":
-            values.append(logits.argmax(1) == labels)
-        else:
-            values.append(-log_softmax(logits, axis=1)[np.arange(len(labels)), labels])
-    return np.stack(values)
+    splits = [result["splits"][split] for result in results]
+    if metric == "accuracy":
+        return np.stack([unpack(s["correct"], s["rows"]) for s in splits])
+    return np.stack([unpack_losses(s["nll"]) for s in splits])
 
 
 def _introduction(report: dict[str, Any]) -> list[str]:
@@ -275,9 +267,9 @@ def _figures(report: dict[str, Any], layers: int) -> list[str]:
 
 
 def _ending(report: dict[str, Any]) -> list[str]:
-    machine, results = report["machine"], report["results"]
+    results = report["results"]
     hours = sum(r["seconds"] for r in results) / 3600
-    devices = ", ".join(sorted({r["device"] for r in results}))
+    devices = ", ".join(sorted({f"{r['processor']} ({r['device']})" for r in results}))
     lines = []
     missing: dict[str, list[str]] = {}
     for entry in report["missing"]:
@@ -288,9 +280,9 @@ def _ending(report: dict[str, Any]) -> list[str]:
         lines += [f"- {where}: {', '.join(names)}" for where, names in missing.items()] + [""]
     return [
         *lines,
-        f"{len(results)} runs took {hours:.1f} hours in all on {machine['processor']}, {machine['cores']} cores, "
-        f"{devices}; mixkd_fast {report['versions']['mixkd_fast']} at {report['commit']}, torch "
-        f"{report['versions']['torch']}.",
+        f"{len(results)} runs took {hours:.1f} hours in all on {devices}; mixkd_fast "
+        f"{report['versions']['mixkd_fast']} at {report['commit']}, torch {report['versions']['torch']}. "
+        "quality.json says of every run where and at which commit it was made, and what every evaluation row came to.",
         "",
         f"Command: `{report['command']}`",
     ]
@@ -327,9 +319,3 @@ def _cell(values: list[float], percent: bool) -> str:
     mean, spread = mean_and_spread(values)
     shown = f"{100 * mean:.1f}" if percent else f"{mean:.3f}"
     return shown + ((f" ± {100 * spread:.1f}" if percent else f" ± {spread:.3f}") if len(values) > 1 else "")
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())

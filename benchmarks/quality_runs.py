@@ -1,17 +1,19 @@
 """Runs of the quality benchmark: what each is, whether it is finished, and how it is made, kept and measured.
 
-A run has a folder of its own under the work folder. What it leaves there: config.json, metrics.jsonl, summary.json,
-logits.npz of the evaluation rows and, last, result.json; its weights too, where other runs need them. A run whose
-description (task, rows, method, budget, start, teacher) is not the one asked for now counts as not made.
+A run has a folder of its own under the work folder. What it leaves there: config.json, metrics.jsonl, summary.json
+and, last, result.json, with what every evaluation row came to; its weights and logits.npz too, where other runs need
+them. A run whose description (task, rows, method, budget, start, teacher) is not the one asked for now counts as not
+made. A result says all that the report needs, so a report's runs can be taken into another work folder (`adopt`).
 """
 
 import fcntl
 import gc
 import json
 import os
+import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,10 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 
 from benchmarks.quality_settings import ARMS, SETTINGS, TEACHER_BATCH_SIZE, exists, method_of
-from benchmarks.statistics import pack
+from benchmarks.statistics import pack, pack_losses
 from mixkd_fast import distill, distributed
 from mixkd_fast.checkpoint import remove_tree
 from mixkd_fast.cli_evaluate import evaluate_saved
@@ -175,14 +178,35 @@ def why_not(run: Run, options: Options) -> str:
     return "made with other options" if (folder / "result.json").is_file() else "not made yet"
 
 
-def make(run: Run, options: Options) -> dict[str, Any] | None:
-    """The result of a run, which is made unless it is finished; None while another process is making it.
+def adopt(results: Iterable[dict[str, Any]], options: Options) -> list[Run]:
+    """Take runs that another work folder made, as its quality.json has them, unless they are finished here too.
 
-    A run that was interrupted goes on from its checkpoint. Models that other runs need are waited
-    for.
+    A run that is not as it would be made now is left out. Models do not come with results: one that a missing run needs
+    is made anew.
+    """
+    adopted = []
+    for result in results:
+        if result["setting"] not in SETTINGS or result["arm"] not in (TEACHER, *ARMS):
+            continue
+        run = Run(result["setting"], result["arm"], result["layers"], result["seed"])
+        folder = folder_of(run, options)
+        wanted = run.arm == TEACHER or exists(run.arm)
+        if wanted and finished(run, options) is None and same(result["description"], describe(run, options)):
+            with _lock(folder, wait=False) as mine:
+                if mine:
+                    _write(folder / "result.json", result)
+                    adopted.append(run)
+    return adopted
+
+
+def make(run: Run, options: Options) -> dict[str, Any] | None:
+    """The result of a run, with its model where others need that; None while another process is making it.
+
+    It is made unless it is finished. A run that was interrupted goes on from its checkpoint. Models that other runs
+    need are waited for.
     Raises: whatever ends the training.
     """
-    result = finished(run, options)
+    result = _whole(run, options)
     if result is not None:
         return result
     for needed in needed_by(run, options):
@@ -193,7 +217,7 @@ def make(run: Run, options: Options) -> dict[str, Any] | None:
     with _lock(folder, wait=_is_kept(run)) as mine:
         if not mine:
             return None
-        result = finished(run, options)
+        result = _whole(run, options)
         if result is None:
             (folder / "failure.json").unlink(missing_ok=True)
             try:
@@ -207,8 +231,15 @@ def make(run: Run, options: Options) -> dict[str, Any] | None:
     return result
 
 
+def _whole(run: Run, options: Options) -> dict[str, Any] | None:
+    """The result of a finished run, None where its model is needed and was not made here."""
+    result = finished(run, options)
+    is_here = not _is_kept(run) or (folder_of(run, options) / "logits.npz").is_file()
+    return result if is_here else None
+
+
 def logits_of(run: Run, options: Options) -> dict[str, NDArray[Any]]:
-    """What a finished run answers: "SPLIT.logits" [N, C] and "SPLIT.labels" [N]."""
+    """What a kept model answers: "SPLIT.logits" [N, C]."""
     with np.load(folder_of(run, options) / "logits.npz") as arrays:
         return dict(arrays)
 
@@ -247,6 +278,7 @@ def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dic
         "seconds": time.perf_counter() - started,
         "memory_mib": psutil.Process().memory_info().rss / 2**20,
         "device": device_name(distributed.choose_device()),
+        "processor": _processor(),
         "commit": commit(),
         "splits": splits,
     }
@@ -306,16 +338,20 @@ def _measure(run: Run, options: Options, folder: Path, teacher: Path | None) -> 
     splits: dict[str, Any] = {}
     arrays: dict[str, NDArray[Any]] = {}
     for split, (evaluation, labels) in evaluate_saved(folder / "student", task).items():
-        arrays |= {f"{split}.logits": evaluation.logits, f"{split}.labels": labels}
+        logits = evaluation.logits
+        arrays[f"{split}.logits"] = logits
+        losses = -log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels]
         splits[split] = {
             "rows": len(labels),
-            "metrics": evaluate_predictions(evaluation.logits, labels, METRICS, teacher_logits.get(f"{split}.logits")),
-            "correct": pack(evaluation.logits.argmax(1) == labels),
+            "metrics": evaluate_predictions(logits, labels, METRICS, teacher_logits.get(f"{split}.logits")),
+            "correct": pack(logits.argmax(1) == labels),
+            "nll": pack_losses(losses),
         }
-    aside = folder / ".writing-logits.npz"
-    with aside.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
-    os.replace(aside, folder / "logits.npz")
+    if _is_kept(run):
+        aside = folder / ".writing-logits.npz"
+        with aside.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+        os.replace(aside, folder / "logits.npz")
     return splits
 
 
@@ -351,3 +387,9 @@ def commit() -> str:
     command = ["git", "-C", str(place), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())

@@ -3,6 +3,7 @@
 Legend of shape suffixes: S seeds, N evaluation rows, R resamples.
 """
 
+import base64
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,3 +95,13 @@ def pack(correct: NDArray[np.bool_]) -> str:
 def unpack(text: str, num_rows: int) -> NDArray[np.bool_]:
     """What `pack` packed."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))[:num_rows].astype(bool)
+
+
+def pack_losses(losses: NDArray[np.floating[Any]]) -> str:
+    """Losses of single rows [N], at most 65,504, as base64 text of fp16: three digits of each."""
+    return base64.b64encode(np.minimum(losses, np.finfo(np.float16).max).astype("<f2").tobytes()).decode()
+
+
+def unpack_losses(text: str) -> NDArray[np.float64]:
+    """What `pack_losses` packed, fp64 [N]."""
+    return np.frombuffer(base64.b64decode(text), dtype="<f2").astype(np.float64)

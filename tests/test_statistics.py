@@ -5,7 +5,15 @@ import itertools
 import numpy as np
 import pytest
 
-from benchmarks.statistics import hierarchical_bootstrap, holm, mean_and_spread, pack, unpack
+from benchmarks.statistics import (
+    hierarchical_bootstrap,
+    holm,
+    mean_and_spread,
+    pack,
+    pack_losses,
+    unpack,
+    unpack_losses,
+)
 
 
 def test_bootstrap_has_the_distribution_of_all_resamples() -> None:
@@ -95,3 +103,6 @@ def test_spread_and_packing() -> None:
     assert mean_and_spread([5.0]) == (5.0, 0.0)
     correct = np.random.default_rng(3).random(277) < 0.6
     assert (unpack(pack(correct), 277) == correct).all()
+    losses = np.random.default_rng(4).exponential(size=277)
+    np.testing.assert_allclose(unpack_losses(pack_losses(losses)), losses, rtol=2**-11, atol=2**-25)
+    assert unpack_losses(pack_losses(np.array([1e9]))) == [65504.0]
