@@ -22,6 +22,7 @@ from mixkd_fast.methods.label_revision import LabelRevision
 from mixkd_fast.methods.language import LanguageMethod
 from mixkd_fast.methods.lm_kd import LanguageKD
 from mixkd_fast.methods.minillm import MiniLLM
+from mixkd_fast.methods.minilm import MiniLM
 from mixkd_fast.methods.miniplm import MiniPLM
 from mixkd_fast.methods.mixkd import MixKD
 from mixkd_fast.methods.pkd import PKD
@@ -46,6 +47,7 @@ AnyMethod = Annotated[
     | LabelRevision
     | LanguageKD
     | MiniLLM
+    | MiniLM
     | MiniPLM
     | MixKD
     | PKD
@@ -78,6 +80,7 @@ __all__ = [
     "LanguageMethod",
     "Method",
     "MiniLLM",
+    "MiniLM",
     "MiniPLM",
     "MixKD",
     "Moment",

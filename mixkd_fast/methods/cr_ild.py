@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from mixkd_fast.errors import ConfigurationError, ModelError
 from mixkd_fast.methods.base import Moment, Setting, per_clean_row
 from mixkd_fast.methods.kd import Weight
-from mixkd_fast.methods.last_layer import LastLayer, hidden_distance, last_number, map_distance, relation_distance
+from mixkd_fast.methods.last_layer import (
+    LastLayer,
+    checked_relation_heads,
+    hidden_distance,
+    last_number,
+    map_distance,
+    relation_distance,
+)
 from mixkd_fast.methods.layers import new_projection, read_rows
 from mixkd_fast.methods.mixkd import MixedRowDistillation
 from mixkd_fast.methods.moving_average import MovingAverage, is_partitioned
@@ -83,6 +90,11 @@ class CRILD(MixedRowDistillation):
                 "mle_weight, kd_weight, sm_weight, tmkd_weight are all 0: nothing would be trained in the KD steps; "
                 "at least one must be positive, or ild_share 1"
             )
+        if self.ild_share == 1 and self.needs_mixed_student:
+            raise ValueError(
+                f"sm_weight = {self.sm_weight} and tmkd_weight = {self.tmkd_weight} are terms of the KD steps, and "
+                "ild_share = 1 leaves none; both must be 0, or ild_share below 1"
+            )
         return self
 
     @property
@@ -124,18 +136,13 @@ class CRILD(MixedRowDistillation):
 
     def _check_heads(self, student: Any, teacher: Any) -> None:
         heads = student.num_attention_heads, teacher.num_attention_heads
-        widths = student.hidden_size, teacher.hidden_size
         if self.attention == "maps" and heads[0] != heads[1]:
             raise ModelError(
                 f'method.attention = "maps": the student has {heads[0]} heads and the teacher {heads[1]}, and their '
                 'maps cannot be compared; allowed: "relations", or a student with as many heads'
             )
-        cut = self.relation_heads or heads[0]
-        if self.attention == "relations" and (widths[0] % cut or widths[1] % cut):
-            raise ModelError(
-                f"method.relation_heads = {cut}: must divide the student's width {widths[0]} and the teacher's "
-                f"{widths[1]}; allowed: a divisor of {math.gcd(*widths)}"
-            )
+        if self.attention == "relations":
+            checked_relation_heads(self.relation_heads, student, teacher)
 
     def terms(
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment

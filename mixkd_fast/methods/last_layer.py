@@ -6,6 +6,7 @@ Legend of shape suffixes: O rows, L positions, H width, h heads, d width of a he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mixkd_fast.encoder_readings import Reading
+from mixkd_fast.errors import ModelError
 from mixkd_fast.losses import relation_kl
 from mixkd_fast.methods.layers import in_full
 
@@ -59,6 +61,22 @@ class LastLayer(NamedTuple):
 def last_number(model: Any) -> int:
     """The 0-based number of the last layer of an `Encoder` or a `FrozenTeacher`."""
     return int(model.model.config.num_hidden_layers) - 1
+
+
+def checked_relation_heads(asked: int | None, student: Any, teacher: Any) -> int:
+    """Into how many heads both models' projections are cut: those asked for, else the student's own number.
+
+    Args: student, teacher = configurations of transformers' models.
+    Raises: ModelError where the number does not divide both widths.
+    """
+    cut: int = asked or student.num_attention_heads
+    widths = student.hidden_size, teacher.hidden_size
+    if widths[0] % cut or widths[1] % cut:
+        raise ModelError(
+            f"method.relation_heads = {cut}: must divide the student's width {widths[0]} and the teacher's "
+            f"{widths[1]}; allowed: a divisor of {math.gcd(*widths)}"
+        )
+    return cut
 
 
 def map_distance(own: LastLayer, target: LastLayer) -> Tensor:

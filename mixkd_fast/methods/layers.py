@@ -27,7 +27,7 @@ Pairs = list[tuple[int, int]]
 
 
 class LayerComparison(MixedRowDistillation):
-    """MixKD's objective, and what the layers of both models compute for the clean rows: base of PKD and PKT."""
+    """MixKD's objective, and what the layers of both models compute for the clean rows: base of PKD, PKT and MiniLM."""
 
     @property
     def needs_clean_teacher(self) -> bool:
@@ -38,12 +38,23 @@ class LayerComparison(MixedRowDistillation):
     def reads_teacher(self) -> bool:
         return True
 
+    @property
+    def trains_classifier(self) -> bool:
+        return self.needs_clean_student or self.needs_mixed_student
+
     def objective_and_readings(
-        self, batch: Batch, student: Encoder, teacher: Any
+        self,
+        batch: Batch,
+        student: Encoder,
+        teacher: Any,
+        projections: tuple[Sequence[int], Sequence[int]] = ((), ()),
     ) -> tuple[dict[str, Tensor], Reading, Reading]:
-        """MixKD's terms; the student's and the teacher's readings of the clean rows."""
-        theirs, theirs_mixed = read_rows(teacher, batch, self if self.tmkd_weight else None)
-        own, own_mixed = read_rows(student, batch, self.mixing())
+        """MixKD's terms; the student's and the teacher's readings of the clean rows.
+
+        Args: projections = 0-based layers of the student and of the teacher whose queries, keys and values are read.
+        """
+        theirs, theirs_mixed = read_rows(teacher, batch, self if self.tmkd_weight else None, projections[1])
+        own, own_mixed = read_rows(student, batch, self.mixing(), projections[0])
         terms = self.objective(
             batch,
             own.logits if self.needs_clean_student else None,
