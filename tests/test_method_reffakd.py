@@ -1,5 +1,6 @@
 """ReffAKD: soft labels of an autoencoder, made before the first step and the same for everybody."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def test_terms_are_their_equation(alpha: float, temperature: float) -> None:
     batch, student, soft = tiny_batch(tiny_config("bert")), tiny_encoder("bert"), _soft_labels()
     terms = ReffAKD(alpha=alpha, temperature=temperature).terms(batch, student, None, soft, MOMENT)
     logits = student.clean(batch).logits.double()
-    p = (soft.similarity_CC.double() / temperature).softmax(-1)[batch.labels]
+    p = (soft[batch.labels].double() / temperature).softmax(-1)
     kl = (p * (p.log() - (logits / temperature).log_softmax(-1))).sum(-1)
     torch.testing.assert_close(terms["kd"].double(), alpha * temperature**2 * kl, atol=1e-5, rtol=1e-4)
     assert ("mle" in terms) == (alpha < 1)
@@ -92,7 +93,14 @@ def test_pooling_leaves_padding_and_dropout_out() -> None:
 
 def test_no_gradient_reaches_the_soft_labels() -> None:
     soft = _soft_labels()
-    assert not list(soft.parameters()) and list(soft.state_dict()) == ["similarity_CC"]
+    assert not list(soft.parameters()) and list(soft.state_dict()) == ["bits"]
+
+
+def test_soft_labels_are_not_rounded_to_the_training_precision() -> None:
+    """DeepSpeed calls this on all that a method builds, in bf16 training."""
+    soft, classes = _soft_labels(), torch.arange(2)
+    assert torch.equal(copy.deepcopy(soft).to(torch.bfloat16)[classes], soft[classes])
+    assert not torch.equal(soft[classes].bfloat16().float(), soft[classes]), "which would have changed them"
 
 
 def test_a_run_needs_no_teacher_and_its_term_falls(tmp_path: Path) -> None:

@@ -220,16 +220,18 @@ def test_a_signal_at_the_last_step_of_a_run_stops_the_sweep(tmp_path: Path, monk
 
 
 def test_partition_study_compares_strategies_and_transfers(tmp_path: Path) -> None:
-    study = {"strategies": ["iid", "label_skew"], "parts": 2, "alpha": 0.5, "transfer": ["none", "initial", "teacher"]}
+    strategies = ["iid", "label_skew", "quantity_skew"]
+    study = {"strategies": strategies, "parts": 2, "alpha": 0.5, "transfer": ["none", "initial", "teacher"]}
     path = _write(tmp_path, {"steps": 3, "evaluate_every": 3}, partition=study)
     assert _run(path) == 0
     report = _report(tmp_path)
     trials = {tuple(trial["values"].values()): trial for trial in report["trials"]}
-    assert len(trials) == 6
-    for (_, transfer), trial in trials.items():
+    assert len(trials) == 9
+    for (strategy, transfer), trial in trials.items():
         folders = [Path(trial["folder"]) / "seed-0" / f"part-{part}" for part in range(2)]
         first, second = map(_summary, folders)
         assert first["data"]["train_rows"] + second["data"]["train_rows"] == 96
+        assert (first["data"]["train_rows"] == 48) == (strategy == "iid")
         assert second["data"]["evaluation_rows"] == {"validation": 40}
         accuracies = [run["metrics"]["validation"]["accuracy"] for run in (first, second)]
         assert trial["mean"] == accuracies[1] and trial["by_part"] == {"0": accuracies[0], "1": accuracies[1]}
@@ -240,7 +242,7 @@ def test_partition_study_compares_strategies_and_transfers(tmp_path: Path) -> No
             content = json.loads((folders[1] / "config.json").read_text())
             assert content["student"]["model"] == str(folders[0] / "student")
     # Shard 0 is trained the same whatever is handed on later; shard 1 is not.
-    for strategy in ("iid", "label_skew"):
+    for strategy in strategies:
         runs = [Path(trials[strategy, transfer]["folder"]) / "seed-0" for transfer in study["transfer"]]
         assert len({tuple(losses(run / "part-0")) for run in runs}) == 1
         assert len({tuple(losses(run / "part-1")) for run in runs}) == 3

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mixkd_fast.losses import kd_loss
 from mixkd_fast.methods.base import Kind, Method, Moment, Setting, supervised_loss
 from mixkd_fast.methods.kd import Temperature
+from mixkd_fast.methods.rows import ExactTable
 
 if TYPE_CHECKING:
     from mixkd_fast.data.batching import Batch
@@ -23,15 +24,8 @@ if TYPE_CHECKING:
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
-class SoftLabels(nn.Module):
-    """One soft label per class, as logits; a buffer, so that a checkpoint holds it."""
-
-    similarity_CC: Tensor
-
-    def __init__(self, similarity_CC: Tensor) -> None:
-        """Args: similarity_CC = fp32 [C, C], row y is the target of rows labelled y before the softmax."""
-        super().__init__()
-        self.register_buffer("similarity_CC", similarity_CC)
+class SoftLabels(ExactTable):
+    """One soft label per class [C, C], as logits: row y is the target of rows labelled y before the softmax."""
 
 
 class ReffAKD(Method):
@@ -104,7 +98,7 @@ class ReffAKD(Method):
     ) -> dict[str, Tensor]:
         assert isinstance(extras, SoftLabels)
         logits = student.clean(batch).logits
-        target = extras.similarity_CC[batch.labels[: batch.num_rows]]
+        target = extras[batch.labels[: batch.num_rows]]
         terms = {"kd": self.alpha * kd_loss(logits, target, temperature=self.temperature, reduction="none")}
         if self.alpha < 1:
             terms["mle"] = (1 - self.alpha) * supervised_loss(logits, batch)

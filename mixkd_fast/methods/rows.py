@@ -73,8 +73,8 @@ def label_distribution(batch: Batch, num_classes: int) -> Tensor:
     return F.one_hot(batch.labels[: batch.num_rows], num_classes).float()
 
 
-class RowTable(nn.Module):
-    """W numbers for every training row, checkpointed with the run."""
+class ExactTable(nn.Module):
+    """Numbers that stay fp32 whatever the training precision is, checkpointed with the run."""
 
     bits: Tensor
 
@@ -84,13 +84,21 @@ class RowTable(nn.Module):
         # As integers: DeepSpeed casts floating-point buffers to the training precision.
         self.register_buffer("bits", values.detach().float().contiguous().view(torch.int32))
 
+    def __getitem__(self, numbers: Tensor) -> Tensor:
+        """Rows by their numbers, int64 [B]: fp32 [B, W]."""
+        return self.bits.index_select(0, numbers).view(torch.float32)
+
+
+class RowTable(ExactTable):
+    """W numbers for every training row."""
+
     def rows(self, batch: Batch) -> Tensor:
         """The numbers of the batch's clean rows: [B, W] fp32. An idle rank's row (-1) counts as row 0.
 
         Row numbers lie in pinned memory of the host and are copied as they are, so nothing waits for the device.
         """
         row_ids = batch.row_ids[: batch.num_rows].to(self.bits.device, non_blocking=True)
-        return self.bits.index_select(0, row_ids.clamp(min=0)).view(torch.float32)
+        return self[row_ids.clamp(min=0)]
 
 
 @contextmanager
