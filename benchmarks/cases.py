@@ -70,17 +70,20 @@ class MixCase:
 
 @dataclass(frozen=True)
 class RelationCase:
-    """relation_kl and its gradients: rows without padding, student and teacher of one width."""
+    """relation_kl and its gradients: student and teacher of one width."""
 
     rows: int
     heads: int
     length: int
     width: int
     dtype: torch.dtype
+    shortest: int | None = None
+    """Tokens of the first row; the others have evenly more up to `length`, and are padded. None pads no row."""
 
     @property
     def name(self) -> str:
-        return f"{self.rows}x{self.heads}x{self.length}x{self.width} {dtype_name(self.dtype)}"
+        tokens = "" if self.shortest is None else f", {self.shortest} to {self.length} tokens"
+        return f"{self.rows}x{self.heads}x{self.length}x{self.width} {dtype_name(self.dtype)}{tokens}"
 
     @property
     def tensor_bytes(self) -> int:
@@ -159,13 +162,15 @@ def mix_cases(device: torch.device, quick: bool) -> list[MixCase]:
 
 
 def relation_cases(device: torch.device, quick: bool) -> list[RelationCase]:
-    """MiniLM's heads at MNLI's and at the usual greatest length; on a GPU also long rows."""
+    """MiniLM's heads at MNLI's and at the usual greatest length, also with padding; on a GPU also long rows."""
     if quick:
         return [RelationCase(2, 3, 20, 8, torch.float32)]
-    shapes = [(32, 12, 40, 32), (32, 12, 128, 32)]
+    shapes: list[tuple[int, int, int, int, int | None]] = [(32, 12, 40, 32, None), (32, 12, 128, 32, None)]
+    shapes.append((32, 12, 128, 32, 16))
     if device.type == "cuda":
-        shapes += [(64, 12, 512, 64)]
-    return [RelationCase(*shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+        shapes.append((64, 12, 512, 64, None))
+    dtypes = (torch.float32, torch.bfloat16)
+    return [RelationCase(*shape, dtype, shortest) for *shape, shortest in shapes for dtype in dtypes]
 
 
 def linear_cases(device: torch.device, quick: bool) -> list[LinearCase]:
@@ -297,10 +302,11 @@ def relation_inputs(case: RelationCase, device: torch.device) -> RelationInputs:
         flat = torch.empty(case.rows, case.length, case.heads * case.width, device=device).normal_(generator=generator)
         return flat.to(case.dtype).view(case.rows, case.length, case.heads, case.width).transpose(1, 2)
 
+    lengths = torch.linspace(case.shortest or case.length, case.length, case.rows, device=device).round()
     return RelationInputs(
         student=(heads().requires_grad_(), heads().requires_grad_()),
         teacher=(heads(), heads()),
-        mask=torch.ones(case.rows, case.length, dtype=torch.bool, device=device),
+        mask=torch.arange(case.length, device=device) < lengths[:, None],
         grad_output=torch.linspace(0.5, 1.5, case.rows, device=device),
     )
 

@@ -126,8 +126,10 @@ def test_peers_compute_the_same_loss(source: str, case: KDCase) -> None:
     assert relative_error(torch.autograd.grad(value, inputs.student_logits)[0], gradient) < 1e-5
 
 
-def test_eager_relations_are_the_same_function() -> None:
-    inputs = relation_inputs(RelationCase(3, 2, 9, 4, torch.float32), CPU)
+@pytest.mark.parametrize("shortest", [None, 2])
+def test_eager_relations_are_the_same_function(shortest: int | None) -> None:
+    inputs = relation_inputs(RelationCase(3, 2, 9, 4, torch.float32, shortest), CPU)
+    assert inputs.mask.sum(1).tolist() == [9, 9, 9] if shortest is None else [2, 6, 9]
     inputs.mask[1, 5:] = False
     loss = bench_relation_kl.eager(inputs)
     found = (loss.detach(), *torch.autograd.grad(loss, inputs.student, inputs.grad_output))
@@ -296,7 +298,7 @@ def test_cases_that_no_longer_fit_are_named(tmp_path: Path) -> None:
 
 def test_the_short_mode_keeps_the_cases_of_the_bars() -> None:
     device, ours = torch.device("cuda"), {"type": "cuda", "capability": [9, 0]}
-    for of_op, count in ((kd_cases, 11), (linear_cases, 4), (mix_cases, 4), (relation_cases, 3)):
+    for of_op, count in ((kd_cases, 11), (linear_cases, 4), (mix_cases, 4), (relation_cases, 4)):
         cases = short_cases(of_op(device, False))
         assert len(cases) == count and set(cases) <= set(of_op(device, False))
         assert cases[0].dtype == torch.bfloat16

@@ -3,11 +3,20 @@
 tests/test_relation_kl.py has its other properties, tests/test_triton_mix_embeddings.py compiles it to machine code.
 """
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from relation_cases import FLOORS, STUDENT, check_against_fp64, grad_output_of, in_double, make_relation
+from relation_cases import (
+    FLOORS,
+    STUDENT,
+    check_against_fp64,
+    grad_output_of,
+    in_double,
+    loss_and_gradients,
+    make_relation,
+)
 from torch import Tensor
 
 from mixkd_fast.losses import relation_kl
@@ -57,6 +66,40 @@ def test_widths_in_pieces_tokens_here_and_there_and_huge_scores(dtype: torch.dty
         arguments["student_mask"][2, 10:140:3] = 1
         arguments = on_device(arguments)
         check_against_fp64(arguments, "triton", in_double(arguments))
+
+
+def test_masks_of_both_strides_and_nan_in_the_padding() -> None:
+    """As tests/test_relation_kl.py has them for the CPU: of each the one that kernels can get wrong when compiled."""
+    arguments = make_relation(torch.float32, rows=3, heads=2, length=20, width=5)
+    arguments["teacher_mask"] = arguments["student_mask"].clone()
+    arguments["teacher_mask"][0, ::3] = 0
+    missing = (arguments["student_mask"] * arguments["teacher_mask"] == 0)[:, None, :, None]
+    clean = on_device(arguments)
+    poisoned = {}
+    for name, value in arguments.items():
+        if value.is_floating_point():
+            spread = torch.full((*value.shape[:-1], 10), math.nan)
+            spread[..., ::2] = value.detach().masked_fill(missing, math.nan)
+            value = spread.to(DEVICE)[..., ::2].requires_grad_(value.requires_grad)
+        poisoned[name] = value.to(DEVICE)
+    found = loss_and_gradients(relation_kl(**poisoned, backend="triton"), poisoned, grad_output_of(3).to(DEVICE))
+    double = in_double(clean)
+    wanted = loss_and_gradients(relation_kl(**double, backend="reference"), double, grad_output_of(3).to(DEVICE))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name].double(), value.double(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_nothing_where_student_and_teacher_agree_also_under_autocast() -> None:
+    arguments = make_relation(torch.bfloat16, length=11)
+    for name in ("first", "second"):
+        arguments[f"teacher_{name}"] = arguments[f"student_{name}"].detach().clone()
+    arguments = on_device(arguments)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = relation_kl(**arguments, backend="triton")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-5)
+    for gradient in torch.autograd.grad(loss.sum(), [arguments[name] for name in STUDENT]):
+        assert gradient.dtype == torch.bfloat16 and gradient.abs().max() < 1e-5
 
 
 def op_arguments() -> list[Any]:
