@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.quality_plan import plan_text
 from benchmarks.quality_report import collect, write
-from benchmarks.quality_runs import Options, Run, adopt, finished, in_order, make
+from benchmarks.quality_runs import Options, Run, adopt, finished, in_order, is_complete, make
 from benchmarks.quality_settings import ARMS, SETTINGS, chosen, method_of, seed_numbers
 from mixkd_fast.errors import ConfigurationError, Interrupted
 
@@ -188,11 +188,10 @@ def _results(file: Path) -> list[dict[str, Any]]:
     """
     try:
         results: list[dict[str, Any]] = json.loads(file.read_text())["results"]
-        complete = all({"setting", "arm", "layers", "seed", "description", "splits"} <= r.keys() for r in results)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"--adopt {file}: must be a quality.json; {type(error).__name__}: {error}") from error
-    if not complete:
-        raise ConfigurationError(f"--adopt {file}: must be a quality.json whose runs say what they came to")
+    if not isinstance(results, list) or not all(is_complete(result) for result in results):
+        raise ConfigurationError(f"--adopt {file}: must be a quality.json of this version, whose runs say all of it")
     return results
 
 

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from benchmarks.quality_runs import TEACHER, Options, Run, finished, in_order, why_not
+from benchmarks.quality_runs import TEACHER, Options, Run, finished, in_order, whole, why_not
 from benchmarks.quality_settings import ARMS, SETTINGS, exists, method_of
 
 _TEACHER_LAYERS = 6
@@ -12,8 +12,12 @@ _TEACHER_LAYERS = 6
 
 def plan_text(planned: list[Run], options: Options) -> str:
     """One line per part: its runs, how many are made, and an estimate for the others, for one process."""
-    runs = list(dict.fromkeys(other for run in planned for other in in_order(run, options)))
-    made = {run: result["seconds"] for run in runs if (result := finished(run, options)) is not None}
+    asked = {run: finished(run, options) for run in planned}
+    # A model that a missing run needs must be there; the results of others are enough.
+    needed = [other for run in planned if asked[run] is None for other in in_order(run, options)[:-1]]
+    results = asked | {run: whole(run, options) for run in needed}
+    runs = sorted(results, key=lambda run: (list(SETTINGS).index(run.setting), -run.layers))
+    made = {run: result["seconds"] for run, result in results.items() if result is not None}
     missing = [run for run in runs if run not in made]
     seconds = {run: estimate(run, made) for run in missing}
     parts: dict[tuple[str, int], list[Run]] = defaultdict(list)

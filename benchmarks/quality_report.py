@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.quality_runs import TEACHER, Options, Run, commit, finished, same, teacher_of, why_not
+from benchmarks.quality_runs import (
+    TEACHER,
+    Options,
+    Run,
+    are_comparable,
+    commit,
+    finished,
+    same,
+    teacher_of,
+    why_not,
+)
 from benchmarks.quality_settings import ARMS, SETTINGS, pairs
 from benchmarks.statistics import Values, hierarchical_bootstrap, holm, mean_and_spread, unpack, unpack_losses
 from mixkd_fast.version import __version__
@@ -142,8 +152,7 @@ def _comparisons(runs: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
         for layers in sorted({run.layers for run in runs if run.setting == setting}, reverse=True):
             here = [run for run in runs if (run.setting, run.layers) == (setting, layers)]
             for first, second in pairs({run.arm for run in here}):
-                seeds = [{run.seed for run in here if run.arm == arm} for arm in (first, second)]
-                common = sorted(seeds[0] & seeds[1])
+                common = _common_seeds(runs, setting, layers, first, second)
                 for split in SETTINGS[setting].splits if common else ():
                     arms = [[runs[Run(setting, arm, layers, seed)] for seed in common] for arm in (first, second)]
                     entry: dict[str, Any] = {"setting": setting, "split": split, "layers": layers}
@@ -157,6 +166,13 @@ def _comparisons(runs: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
         for entry, p_value in zip(found, adjusted, strict=True):
             entry[metric]["adjusted_p_value"] = p_value
     return found
+
+
+def _common_seeds(runs: dict[Run, dict[str, Any]], setting: str, layers: int, first: str, second: str) -> list[int]:
+    """Those that both arms have, on the same rows, with the same teacher and from the same start."""
+    seeds = (run.seed for run in runs if (run.setting, run.layers, run.arm) == (setting, layers, first))
+    pairs_of = {seed: [runs.get(Run(setting, arm, layers, seed)) for arm in (first, second)] for seed in seeds}
+    return sorted(seed for seed, (one, other) in pairs_of.items() if one and other and are_comparable(one, other))
 
 
 def _per_row(results: list[dict[str, Any]], split: str, metric: str) -> Values:
@@ -183,7 +199,8 @@ def _introduction(report: dict[str, Any]) -> list[str]:
         "with replacement (10,000 resamples); the seeds both arms have are used. Few seeds make the intervals somewhat "
         "narrow, and one seed leaves an interval over rows alone. The intervals are not corrected for how many there "
         "are. The verdicts are: helps or hurts where Holm's adjusted p over all differences of that figure on this "
-        "page is below 0.05, in brackets where only the interval excludes 0.",
+        "page is below 0.05, in brackets where only the interval excludes 0, and where one seed speaks for the arm. "
+        "Runs are paired if they had the same rows, the same teacher and the same start, weight for weight.",
     ]
 
 
@@ -238,19 +255,21 @@ def _differences(report: dict[str, Any], rows: list[dict[str, Any]]) -> list[str
         accuracy, nll = entry["accuracy"], entry["nll"]
         points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * accuracy[k] for k in ("difference", "lower", "upper")))
         nats = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(nll[k] for k in ("difference", "lower", "upper")))
+        verdicts = _verdict(entry, "accuracy", 1), _verdict(entry, "nll", -1)
         lines.append(
             f"| {_label(report, entry['setting'], entry['split'])} | {ARMS[entry['first']].title} | "
-            f"{len(entry['seeds'])} | {points} | {_verdict(accuracy, 1)} | {nats} | {_verdict(nll, -1)} |"
+            f"{len(entry['seeds'])} | {points} | {verdicts[0]} | {nats} | {verdicts[1]} |"
         )
     return lines
 
 
-def _verdict(found: dict[str, float], better: int) -> str:
+def _verdict(entry: dict[str, Any], metric: str, better: int) -> str:
+    found = entry[metric]
     low, high = sorted((better * found["lower"], better * found["upper"]))
     word = "helps" if low > 0 else "hurts" if high < 0 else ""
     if not word:
         return "no evidence"
-    return word if found["adjusted_p_value"] < 0.05 else f"({word})"
+    return word if found["adjusted_p_value"] < 0.05 and len(entry["seeds"]) > 1 else f"({word})"
 
 
 def _figures(report: dict[str, Any], layers: int) -> list[str]:

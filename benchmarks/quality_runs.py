@@ -8,6 +8,7 @@ made. A result says all that the report needs, so a report's runs can be taken i
 
 import fcntl
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,9 +148,23 @@ def describe(run: Run, options: Options) -> dict[str, Any]:
 def finished(run: Run, options: Options) -> dict[str, Any] | None:
     """The result of a run that is made, as asked for now, or None."""
     kept = _read(folder_of(run, options) / "result.json")
-    if kept is None or (run.arm != TEACHER and not exists(run.arm)):
+    if kept is None or not is_complete(kept) or (run.arm != TEACHER and not exists(run.arm)):
         return None
     return kept if same(kept["description"], describe(run, options)) else None
+
+
+def is_complete(result: Any) -> bool:
+    """Whether a result says all that the report needs; those of earlier versions do not."""
+    names = {"setting", "arm", "layers", "seed", "description", "content_hash", "models", "processor", "splits"}
+    if not isinstance(result, dict) or not names <= result.keys():
+        return False
+    return all({"rows", "metrics", "correct", "nll", "data"} <= split.keys() for split in result["splits"].values())
+
+
+def are_comparable(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two results are of the same rows, the same teacher and the same start."""
+    splits = [{name: split["data"] for name, split in result["splits"].items()} for result in (first, second)]
+    return splits[0] == splits[1] and all(first[name] == second[name] for name in ("content_hash", "models"))
 
 
 def same(kept: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -189,13 +205,13 @@ def adopt(results: Iterable[dict[str, Any]], options: Options) -> list[Run]:
         if result["setting"] not in SETTINGS or result["arm"] not in (TEACHER, *ARMS):
             continue
         run = Run(result["setting"], result["arm"], result["layers"], result["seed"])
-        folder = folder_of(run, options)
-        wanted = run.arm == TEACHER or exists(run.arm)
-        if wanted and finished(run, options) is None and same(result["description"], describe(run, options)):
-            with _lock(folder, wait=False) as mine:
-                if mine:
-                    _write(folder / "result.json", result)
-                    adopted.append(run)
+        wanted = is_complete(result) and (run.arm == TEACHER or exists(run.arm))
+        if not wanted or not same(result["description"], describe(run, options)):
+            continue
+        with _lock(folder_of(run, options), wait=False) as mine:
+            if mine and finished(run, options) is None:
+                _write(folder_of(run, options) / "result.json", result)
+                adopted.append(run)
     return adopted
 
 
@@ -206,7 +222,7 @@ def make(run: Run, options: Options) -> dict[str, Any] | None:
     need are waited for.
     Raises: whatever ends the training.
     """
-    result = _whole(run, options)
+    result = whole(run, options)
     if result is not None:
         return result
     for needed in needed_by(run, options):
@@ -217,7 +233,7 @@ def make(run: Run, options: Options) -> dict[str, Any] | None:
     with _lock(folder, wait=_is_kept(run)) as mine:
         if not mine:
             return None
-        result = _whole(run, options)
+        result = whole(run, options)
         if result is None:
             (folder / "failure.json").unlink(missing_ok=True)
             try:
@@ -231,11 +247,15 @@ def make(run: Run, options: Options) -> dict[str, Any] | None:
     return result
 
 
-def _whole(run: Run, options: Options) -> dict[str, Any] | None:
-    """The result of a finished run, None where its model is needed and was not made here."""
+def whole(run: Run, options: Options) -> dict[str, Any] | None:
+    """The result of a finished run, None where others need its model and that is not here as it would be made now."""
     result = finished(run, options)
-    is_here = not _is_kept(run) or (folder_of(run, options) / "logits.npz").is_file()
-    return result if is_here else None
+    if result is None or not _is_kept(run):
+        return result
+    folder = folder_of(run, options)
+    described = _read(folder / "described.json")
+    has_model = (folder / "logits.npz").is_file() and _weights(folder).is_file()
+    return result if has_model and described is not None and same(described, describe(run, options)) else None
 
 
 def logits_of(run: Run, options: Options) -> dict[str, NDArray[Any]]:
@@ -247,7 +267,7 @@ def logits_of(run: Run, options: Options) -> dict[str, NDArray[Any]]:
 def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dict[str, Any]:
     print(f"== {run}", flush=True)
     started = time.perf_counter()
-    described = describe(run, options)
+    made_at, described = commit(), describe(run, options)
     goes_on = _read(folder / "described.json") == described and (folder / "checkpoints").is_dir()
     _write(folder / "described.json", described)
     try:
@@ -258,6 +278,8 @@ def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dic
         # The checkpoint is another version's, or broken: from the beginning, then.
         _train(run, options, folder, teacher, resume=False)
     trained = time.perf_counter()
+    start = start_of(run)
+    used = {"teacher": teacher, "start": None if start is None else folder_of(start, options)}
     splits = _measure(run, options, folder, teacher)
     for name in ("checkpoints", "best", *(() if _is_kept(run) else ("student",))):
         remove_tree(folder / name)
@@ -271,6 +293,7 @@ def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dic
         "description": described,
         "training_rows": summary["data"]["train_rows"],
         "content_hash": summary["data"]["content_hash"],
+        "models": {name: None if place is None else _digest(_weights(place)) for name, place in used.items()},
         "steps": summary["training"]["steps"],
         "parameters": summary["student"]["parameters"],
         "training_seconds": summary["training"]["seconds"],
@@ -279,7 +302,7 @@ def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dic
         "memory_mib": psutil.Process().memory_info().rss / 2**20,
         "device": device_name(distributed.choose_device()),
         "processor": _processor(),
-        "commit": commit(),
+        "commit": made_at,
         "splits": splits,
     }
     _write(folder / "result.json", result)
@@ -346,6 +369,7 @@ def _measure(run: Run, options: Options, folder: Path, teacher: Path | None) -> 
             "metrics": evaluate_predictions(logits, labels, METRICS, teacher_logits.get(f"{split}.logits")),
             "correct": pack(logits.argmax(1) == labels),
             "nll": pack_losses(losses),
+            "data": _digest(options.data / SETTINGS[run.setting].task / f"{split}.parquet"),
         }
     if _is_kept(run):
         aside = folder / ".writing-logits.npz"
@@ -381,10 +405,20 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     os.replace(aside, path)
 
 
+def _weights(folder: Path) -> Path:
+    return folder / "student" / "model.safetensors"
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
+
+
+@cache
 def commit() -> str:
-    """The checkout's commit, "unknown" outside of one."""
+    """The checkout's commit when the first run began, "unknown" outside of one."""
     place = Path(__file__).parent
-    command = ["git", "-C", str(place), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(place), "describe", "--always", "--dirty", "--exclude", "*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 

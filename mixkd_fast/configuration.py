@@ -287,6 +287,11 @@ class Config(Section):
                 'teacher: is missing, and the task has it label or judge the extra rows (extra_labels "teacher", '
                 "extra_min_confidence, extra_agreement); add a teacher section with a model"
             )
+        if self.training.early_stopping is not None and not self.method.trains_classifier:
+            raise ValueError(
+                f"training: early_stopping {self.training.early_stopping} counts evaluations, and they say nothing "
+                f'where method "{self.method.name}", as it is set, trains no classifier; leave it out'
+            )
         no_teacher = self.teacher is None or self.teacher.model is None
         if no_teacher and self.student.model is None and self.student.config is None:
             raise ValueError(

@@ -183,6 +183,8 @@ def test_what_the_engine_asks_of_it() -> None:
         ({"attention_weight": 0.0, "hidden_weight": 0.0}, "leave nothing to train in the ILD steps"),
         ({"kd_weight": 0.0}, "nothing would be trained in the KD steps"),
         ({"relation_heads": 4}, 'relation_heads needs attention "relations"'),
+        ({"ild_share": 1.0, "sm_weight": 0.5}, "sm_weight = 0.5 and tmkd_weight = 0.0 are terms of the KD steps"),
+        ({"ild_share": 1.0, "tmkd_weight": 1.0}, "ild_share = 1 leaves none"),
     ],
 )
 def test_options_that_train_nothing_are_refused(options: dict[str, Any], message: str) -> None:

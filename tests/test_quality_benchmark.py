@@ -1,5 +1,6 @@
 """The quality benchmark: two arms through the real program, kept and resumed; the report of a result file by hand."""
 
+import copy
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from benchmarks.quality_settings import (
     pairs,
     seed_numbers,
 )
-from benchmarks.statistics import pack, unpack, unpack_losses
+from benchmarks.statistics import pack, pack_losses, unpack, unpack_losses
 from mixkd_fast.errors import ConfigurationError
 from mixkd_fast.interrupt import StopRequest
 from mixkd_fast.run import Run as TrainingRun
@@ -104,7 +105,8 @@ def test_two_arms_from_data_to_report(options: Options, tmp_path: Path, monkeypa
 
 def test_runs_of_another_budget_are_not_adopted(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     described = quality_runs.describe(FT, options)
-    result = {"setting": "toy_half", "arm": "ft", "layers": 2, "seed": 0, "description": described}
+    result = {"setting": "toy_half", "arm": "ft", "layers": 2, "seed": 0, "description": described, "splits": {}}
+    result |= {"content_hash": "", "models": {}, "processor": ""}
     assert quality_runs.adopt([result], options) == [FT] and quality_runs.finished(FT, options) == result
     assert quality_runs.adopt([result], options) == [], "what is here stays"
     half = SETTINGS["toy_half"]
@@ -293,9 +295,23 @@ def test_estimates_scale_with_the_work(options: Options) -> None:
 def test_report_of_a_result_file_by_hand() -> None:
     text = quality_report.markdown(_report())
     assert "| RTE | 2 | 100.0 | 0.0 ± 0.0 | 50.0 ± 70.7 | 100.0 (1) |" in text
-    assert "| RTE | TMKD | 1 | +50.0 [+40.0, +60.0] | helps | -0.100 [-0.200, -0.050] | (helps) |" in text
+    assert "| RTE | TMKD | 2 | +50.0 [+40.0, +60.0] | helps | -0.100 [-0.200, -0.050] | (helps) |" in text
+    report = _report()
+    report["comparisons"][0]["seeds"] = [0]
+    assert "| RTE | TMKD | 1 | +50.0 [+40.0, +60.0] | (helps) |" in quality_report.markdown(report)
     assert "- rte, 3 layers, not made yet: tmkd 1" in text
     assert "| RTE | 7 | 2 | 32 | 9 | 0.0001 | 128 | 5, 32, 0.0001 | MNLI, 26,413 rows |" in text
+
+
+@pytest.mark.parametrize("part", ["content_hash", "models", "data"])
+def test_runs_of_other_rows_or_another_teacher_are_not_paired(part: str) -> None:
+    split = {"rows": 8, "correct": pack(np.ones(8, bool)), "nll": pack_losses(np.zeros(8)), "data": "x"}
+    alike = {"content_hash": "c", "models": {"teacher": "t", "start": None}, "splits": {"validation": split}}
+    runs = {Run("sst2", arm, 3, seed): copy.deepcopy(alike) for arm in ("ft", "kd") for seed in (0, 1)}
+    other = runs[Run("sst2", "kd", 3, 1)]
+    assert [entry["seeds"] for entry in quality_report._comparisons(runs)] == [[0, 1]]
+    (other["splits"]["validation"] if part == "data" else other)[part] = "another"
+    assert [entry["seeds"] for entry in quality_report._comparisons(runs)] == [[0]]
 
 
 def test_plot_of_a_result_file_by_hand(tmp_path: Path) -> None:
@@ -321,7 +337,7 @@ def _report() -> dict[str, Any]:
         }
     figures = {"difference": 0.5, "lower": 0.4, "upper": 0.6, "p_value": 0.0002, "adjusted_p_value": 0.001}
     nll = {"difference": -0.1, "lower": -0.2, "upper": -0.05, "p_value": 0.02, "adjusted_p_value": 0.2}
-    pair = {"setting": "rte", "split": "validation", "layers": 3, "first": "tmkd", "second": "kd", "seeds": [0]}
+    pair = {"setting": "rte", "split": "validation", "layers": 3, "first": "tmkd", "second": "kd", "seeds": [0, 1]}
     return {
         "command": "quality",
         "encoder": "e",
@@ -339,7 +355,7 @@ def _report() -> dict[str, Any]:
 def test_docs_state_the_budgets() -> None:
     text = (ROOT / "docs" / "quality.md").read_text()
     for name, s in SETTINGS.items():
-        steps = round(s.rows * s.epochs / s.batch_size)
+        steps = int(s.rows // s.batch_size * s.epochs)  # batches by length leave out an epoch's remainder
         cells = [
             f"{s.rows:,}",
             f"{s.epochs:g}",

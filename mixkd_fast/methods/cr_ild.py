@@ -19,7 +19,7 @@ from mixkd_fast.methods.base import Moment, Setting, per_clean_row
 from mixkd_fast.methods.kd import Weight
 from mixkd_fast.methods.last_layer import (
     LastLayer,
-    checked_relation_heads,
+    check_relation_heads,
     hidden_distance,
     last_number,
     map_distance,
@@ -142,7 +142,7 @@ class CRILD(MixedRowDistillation):
                 'maps cannot be compared; allowed: "relations", or a student with as many heads'
             )
         if self.attention == "relations":
-            checked_relation_heads(self.relation_heads, student, teacher)
+            check_relation_heads(self.relation_heads, student, teacher)
 
     def terms(
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment

@@ -32,12 +32,12 @@ class LastLayer(NamedTuple):
     value: Tensor | None = None
 
     @classmethod
-    def of(cls, reading: Reading) -> LastLayer:
-        """The last layer of a reading; with its queries, keys and values if those of one layer were read."""
-        mask, hidden = reading.mask, reading.hidden_states[-1]
-        for part in reading.projections.values():
-            return cls(mask, hidden, part.query, part.key, part.value)
-        return cls(mask, hidden)
+    def of(cls, reading: Reading, layer: int = -1) -> LastLayer:
+        """The last layer of a reading, or another that stands for it; with its projections if those were read."""
+        number = layer % (len(reading.hidden_states) - 1)
+        part = reading.projections.get(number)
+        mask, hidden = reading.mask, reading.hidden_states[number + 1]
+        return cls(mask, hidden) if part is None else cls(mask, hidden, part.query, part.key, part.value)
 
     def rows(self, rows: Tensor) -> LastLayer:
         """Some rows, in this order."""
@@ -63,20 +63,18 @@ def last_number(model: Any) -> int:
     return int(model.model.config.num_hidden_layers) - 1
 
 
-def checked_relation_heads(asked: int | None, student: Any, teacher: Any) -> int:
-    """Into how many heads both models' projections are cut: those asked for, else the student's own number.
+def check_relation_heads(asked: int | None, student: Any, teacher: Any) -> None:
+    """Raises: ModelError where the heads asked for, else the student's own number, do not divide both widths.
 
     Args: student, teacher = configurations of transformers' models.
-    Raises: ModelError where the number does not divide both widths.
     """
-    cut: int = asked or student.num_attention_heads
+    cut = asked or student.num_attention_heads
     widths = student.hidden_size, teacher.hidden_size
     if widths[0] % cut or widths[1] % cut:
         raise ModelError(
             f"method.relation_heads = {cut}: must divide the student's width {widths[0]} and the teacher's "
             f"{widths[1]}; allowed: a divisor of {math.gcd(*widths)}"
         )
-    return cut
 
 
 def map_distance(own: LastLayer, target: LastLayer) -> Tensor:

@@ -1,7 +1,4 @@
-"""MiniLM-v2 (Wang et al. 2021, arXiv 2012.15828): relations among the tokens in one layer are imitated too.
-
-Legend of shape suffixes: B clean rows of the micro-batch.
-"""
+"""MiniLM-v2 (Wang et al. 2021, arXiv 2012.15828): relations among the tokens in one layer are imitated too."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 from mixkd_fast.encoder_readings import layer_number
 from mixkd_fast.methods.base import Moment, Setting
 from mixkd_fast.methods.kd import Weight
-from mixkd_fast.methods.last_layer import LastLayer, checked_relation_heads, last_number, relation_distance
+from mixkd_fast.methods.last_layer import LastLayer, check_relation_heads, last_number, relation_distance
 from mixkd_fast.methods.layers import LayerComparison
 
 if TYPE_CHECKING:
@@ -46,15 +43,16 @@ class MiniLM(LayerComparison):
         assert setting.teacher is not None
         student, teacher = setting.student.config, setting.teacher.model.config
         layer_number(self.teacher_layer, teacher.num_hidden_layers, "method.teacher_layer")
-        checked_relation_heads(self.relation_heads, student, teacher)
+        check_relation_heads(self.relation_heads, student, teacher)
 
     def terms(
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
         assert batch.mean_tokens is not None and teacher is not None
         theirs = layer_number(self.teacher_layer, last_number(teacher) + 1, "method.teacher_layer")
-        terms, *readings = self.objective_and_readings(batch, student, teacher, ([last_number(student)], [theirs]))
-        own, target = (LastLayer.of(reading) for reading in readings)
-        assert own.query is not None
-        distance = relation_distance(own, target, self.relation_heads or own.query.shape[1])
+        layers = [last_number(student)], [theirs]
+        terms, own_reading, their_reading = self.objective_and_readings(batch, student, teacher, layers)
+        own, target = LastLayer.of(own_reading), LastLayer.of(their_reading, theirs)
+        heads = self.relation_heads or student.config.num_attention_heads
+        distance = relation_distance(own, target, heads)
         return {**terms, "relations": self.relation_weight * distance / batch.mean_tokens}
