@@ -22,7 +22,8 @@ from typing import Any
 
 from benchmarks.quality_plan import plan_text
 from benchmarks.quality_report import collect, write
-from benchmarks.quality_runs import Options, Run, adopt, finished, in_order, is_complete, make
+from benchmarks.quality_results import Options, Run, adopt, finished, in_order, is_complete
+from benchmarks.quality_runs import make
 from benchmarks.quality_settings import ARMS, SETTINGS, chosen, method_of, seed_numbers
 from mixkd_fast.errors import ConfigurationError, Interrupted
 

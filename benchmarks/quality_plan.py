@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable
 
-from benchmarks.quality_runs import TEACHER, Options, Run, finished, in_order, whole, why_not
+from benchmarks.quality_results import TEACHER, Options, Run, finished, in_order, whole, why_not
 from benchmarks.quality_settings import ARMS, SETTINGS, exists, method_of
 
 _TEACHER_LAYERS = 6

@@ -9,17 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.quality_runs import (
-    TEACHER,
-    Options,
-    Run,
-    are_comparable,
-    commit,
-    finished,
-    same,
-    teacher_of,
-    why_not,
-)
+from benchmarks.quality_results import TEACHER, Options, Run, are_comparable, finished, same, teacher_of, why_not
+from benchmarks.quality_runs import commit
 from benchmarks.quality_settings import ARMS, SETTINGS, pairs
 from benchmarks.statistics import Values, hierarchical_bootstrap, holm, mean_and_spread, unpack, unpack_losses
 from mixkd_fast.version import __version__

@@ -1,12 +1,5 @@
-"""Runs of the quality benchmark: what each is, whether it is finished, and how it is made, kept and measured.
+"""How a run of the quality benchmark is made and measured; what it leaves is in quality_results.py."""
 
-A run has a folder of its own under the work folder. What it leaves there: config.json, metrics.jsonl, summary.json
-and, last, result.json, with what every evaluation row came to; its weights and logits.npz too, where other runs need
-them. A run whose description (task, rows, method, budget, start, teacher) is not the one asked for now counts as not
-made. A result says all that the report needs, so a report's runs can be taken into another work folder (`adopt`).
-"""
-
-import fcntl
 import gc
 import hashlib
 import json
@@ -14,19 +7,33 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from benchmarks.quality_settings import ARMS, SETTINGS, TEACHER_BATCH_SIZE, exists, method_of
+from benchmarks.quality_results import (
+    TEACHER,
+    Options,
+    Run,
+    describe,
+    folder_of,
+    is_kept,
+    locked,
+    logits_of,
+    needed_by,
+    read,
+    start_of,
+    teacher_of,
+    weights_of,
+    whole,
+    write,
+)
+from benchmarks.quality_settings import SETTINGS, method_of
 from benchmarks.statistics import pack, pack_losses
 from mixkd_fast import distill, distributed
 from mixkd_fast.checkpoint import remove_tree
@@ -38,181 +45,7 @@ from mixkd_fast.methods import FineTune
 from mixkd_fast.metrics import evaluate_predictions
 
 METRICS = ["accuracy", "f1"]
-TEACHER = "teacher"
 _NEVER = 10**9
-
-
-@dataclass(frozen=True)
-class Options:
-    """What all runs of a work folder share."""
-
-    data: Path
-    encoder: str
-    """Folder or hub name of the pretrained encoder."""
-    encoder_name: str
-    """What reports call it."""
-    work: Path
-    precision: str
-    teacher_rows: Literal["all", "same"]
-    threads: int | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model to train. A teacher has arm "teacher" and layers 0, which means all of them."""
-
-    setting: str
-    arm: str
-    layers: int
-    seed: int
-
-    def __str__(self) -> str:
-        layers = f"{self.layers} layers, " if self.layers else ""
-        return f"{self.setting} {self.arm}, {layers}seed {self.seed}"
-
-
-def teacher_of(run: Run, options: Options) -> Run:
-    """The teacher of a student: one of all rows of the task, or one of the student's own rows.
-
-    All rows of a task are the setting that carries the task's name.
-    """
-    setting = SETTINGS[run.setting]
-    if options.teacher_rows == "same" and setting.fraction is not None:
-        return Run(run.setting, TEACHER, 0, run.seed)
-    return Run(setting.task, TEACHER, 0, 0)
-
-
-def start_of(run: Run) -> Run | None:
-    """The run whose model this one starts from, or None for the pretrained encoder."""
-    start = SETTINGS[run.setting].start
-    if start is None:
-        return None
-    return Run(start, TEACHER, 0, 0) if run.arm == TEACHER else Run(start, "kd", run.layers, 0)
-
-
-def needed_by(run: Run, options: Options) -> list[Run]:
-    """What has to be finished before a run."""
-    start = start_of(run)
-    found = [] if start is None else [start]
-    return found if run.arm == TEACHER else [*found, teacher_of(run, options)]
-
-
-def in_order(run: Run, options: Options) -> list[Run]:
-    """A run after all that it needs, each once."""
-    found = [other for needed in needed_by(run, options) for other in in_order(needed, options)]
-    return list(dict.fromkeys([*found, run]))
-
-
-def _is_kept(run: Run) -> bool:
-    """Whether other runs need its weights."""
-    is_start = any(setting.start == run.setting for setting in SETTINGS.values())
-    return run.arm == TEACHER or (is_start and run.arm == "kd" and run.seed == 0)
-
-
-def folder_of(run: Run, options: Options) -> Path:
-    """Where a run is kept."""
-    name = f"{TEACHER}-{run.seed}" if run.arm == TEACHER else f"{run.arm}-{run.layers}layers-{run.seed}"
-    return options.work / run.setting / name
-
-
-def describe(run: Run, options: Options) -> dict[str, Any]:
-    """All that decides a run's outcome; results of another description are never shown as this run's."""
-    setting, is_teacher = SETTINGS[run.setting], run.arm == TEACHER
-    method = FineTune() if is_teacher else method_of(run.arm)
-    epochs = setting.epochs * (1 if is_teacher else ARMS[run.arm].passes)
-    if is_teacher and setting.fraction is None:
-        epochs = setting.teacher_epochs
-    start = start_of(run)
-    return {
-        "task": setting.task,
-        "fraction": setting.fraction,
-        "max_length": setting.max_length,
-        "splits": list(setting.splits),
-        "encoder": options.encoder_name,
-        "start": None if start is None else describe(start, options),
-        "layers": run.layers,
-        "method": method.model_dump(mode="json"),
-        "training": {
-            "epochs": float(epochs),
-            "batch_size": TEACHER_BATCH_SIZE if is_teacher else setting.batch_size,
-            "learning_rate": setting.teacher_learning_rate if is_teacher else setting.learning_rate,
-            "precision": options.precision,
-            "batching": "length",
-            "seed": run.seed,
-        },
-        # Fine-tuning hears nothing of a teacher, but its agreement with one is measured.
-        "teacher": None if is_teacher else describe(teacher_of(run, options), options),
-    }
-
-
-def finished(run: Run, options: Options) -> dict[str, Any] | None:
-    """The result of a run that is made, as asked for now, or None."""
-    kept = _read(folder_of(run, options) / "result.json")
-    if kept is None or not is_complete(kept) or (run.arm != TEACHER and not exists(run.arm)):
-        return None
-    return kept if same(kept["description"], describe(run, options)) else None
-
-
-def is_complete(result: Any) -> bool:
-    """Whether a result says all that the report needs; those of earlier versions do not."""
-    names = {"setting", "arm", "layers", "seed", "description", "content_hash", "models", "processor", "splits"}
-    if not isinstance(result, dict) or not names <= result.keys():
-        return False
-    return all({"rows", "metrics", "correct", "nll", "data"} <= split.keys() for split in result["splits"].values())
-
-
-def are_comparable(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two results are of the same rows, the same teacher and the same start."""
-    splits = [{name: split["data"] for name, split in result["splits"].items()} for result in (first, second)]
-    return splits[0] == splits[1] and all(first[name] == second[name] for name in ("content_hash", "models"))
-
-
-def same(kept: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether two descriptions mean the same run. A method's option that came later does nothing by default."""
-    if kept.keys() != now.keys():
-        return False
-    for name, value in kept.items():
-        if name == "method":
-            if any(option not in now[name] or now[name][option] != chosen for option, chosen in value.items()):
-                return False
-        elif isinstance(value, dict) and isinstance(now[name], dict):
-            if not same(value, now[name]):
-                return False
-        elif value != now[name]:
-            return False
-    return True
-
-
-def why_not(run: Run, options: Options) -> str:
-    """A word on a run that is not finished."""
-    if run.arm != TEACHER and not exists(run.arm):
-        return f"method {ARMS[run.arm].method['name']} does not exist, or lacks an option"
-    folder = folder_of(run, options)
-    failure = _read(folder / "failure.json")
-    if failure is not None:
-        return f"failed: {failure['error']}"
-    return "made with other options" if (folder / "result.json").is_file() else "not made yet"
-
-
-def adopt(results: Iterable[dict[str, Any]], options: Options) -> list[Run]:
-    """Take runs that another work folder made, as its quality.json has them, unless they are finished here too.
-
-    A run that is not as it would be made now is left out. Models do not come with results: one that a missing run needs
-    is made anew.
-    """
-    adopted = []
-    for result in results:
-        if result["setting"] not in SETTINGS or result["arm"] not in (TEACHER, *ARMS):
-            continue
-        run = Run(result["setting"], result["arm"], result["layers"], result["seed"])
-        wanted = is_complete(result) and (run.arm == TEACHER or exists(run.arm))
-        if not wanted or not same(result["description"], describe(run, options)):
-            continue
-        with _lock(folder_of(run, options), wait=False) as mine:
-            if mine and finished(run, options) is None:
-                _write(folder_of(run, options) / "result.json", result)
-                adopted.append(run)
-    return adopted
 
 
 def make(run: Run, options: Options) -> dict[str, Any] | None:
@@ -230,7 +63,7 @@ def make(run: Run, options: Options) -> dict[str, Any] | None:
             return None
     teacher = None if run.arm == TEACHER else folder_of(teacher_of(run, options), options)
     folder = folder_of(run, options)
-    with _lock(folder, wait=_is_kept(run)) as mine:
+    with locked(folder, wait=is_kept(run)) as mine:
         if not mine:
             return None
         result = whole(run, options)
@@ -242,34 +75,17 @@ def make(run: Run, options: Options) -> dict[str, Any] | None:
                 raise
             except Exception as error:
                 text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                _write(folder / "failure.json", {"error": text})
+                write(folder / "failure.json", {"error": text})
                 raise
     return result
-
-
-def whole(run: Run, options: Options) -> dict[str, Any] | None:
-    """The result of a finished run, None where others need its model and that is not here as it would be made now."""
-    result = finished(run, options)
-    if result is None or not _is_kept(run):
-        return result
-    folder = folder_of(run, options)
-    described = _read(folder / "described.json")
-    has_model = (folder / "logits.npz").is_file() and _weights(folder).is_file()
-    return result if has_model and described is not None and same(described, describe(run, options)) else None
-
-
-def logits_of(run: Run, options: Options) -> dict[str, NDArray[Any]]:
-    """What a kept model answers: "SPLIT.logits" [N, C]."""
-    with np.load(folder_of(run, options) / "logits.npz") as arrays:
-        return dict(arrays)
 
 
 def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dict[str, Any]:
     print(f"== {run}", flush=True)
     started = time.perf_counter()
     made_at, described = commit(), describe(run, options)
-    goes_on = _read(folder / "described.json") == described and (folder / "checkpoints").is_dir()
-    _write(folder / "described.json", described)
+    goes_on = read(folder / "described.json") == described and (folder / "checkpoints").is_dir()
+    write(folder / "described.json", described)
     try:
         _train(run, options, folder, teacher, resume=goes_on)
     except (ConfigurationError, CheckpointError):
@@ -281,7 +97,7 @@ def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dic
     start = start_of(run)
     used = {"teacher": teacher, "start": None if start is None else folder_of(start, options)}
     splits = _measure(run, options, folder, teacher)
-    for name in ("checkpoints", "best", *(() if _is_kept(run) else ("student",))):
+    for name in ("checkpoints", "best", *(() if is_kept(run) else ("student",))):
         remove_tree(folder / name)
     gc.collect()
     summary = json.loads((folder / "summary.json").read_text())
@@ -293,7 +109,7 @@ def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dic
         "description": described,
         "training_rows": summary["data"]["train_rows"],
         "content_hash": summary["data"]["content_hash"],
-        "models": {name: None if place is None else _digest(_weights(place)) for name, place in used.items()},
+        "models": {name: None if place is None else _digest(weights_of(place)) for name, place in used.items()},
         "steps": summary["training"]["steps"],
         "parameters": summary["student"]["parameters"],
         "training_seconds": summary["training"]["seconds"],
@@ -305,7 +121,7 @@ def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dic
         "commit": made_at,
         "splits": splits,
     }
-    _write(folder / "result.json", result)
+    write(folder / "result.json", result)
     first = next(iter(splits.values()))["metrics"]
     shown = "  ".join(f"{name} {value:.4f}" for name, value in first.items())
     print(f"{run}: {shown}  ({result['seconds']:.0f} s, {result['memory_mib']:.0f} MiB)", flush=True)
@@ -371,42 +187,12 @@ def _measure(run: Run, options: Options, folder: Path, teacher: Path | None) -> 
             "nll": pack_losses(losses),
             "data": _digest(options.data / SETTINGS[run.setting].task / f"{split}.parquet"),
         }
-    if _is_kept(run):
+    if is_kept(run):
         aside = folder / ".writing-logits.npz"
         with aside.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
         os.replace(aside, folder / "logits.npz")
     return splits
-
-
-@contextmanager
-def _lock(folder: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process alone may work in a folder; the system ends the lock with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(json.dumps(content) + "\n")
-    os.replace(aside, path)
-
-
-def _weights(folder: Path) -> Path:
-    return folder / "student" / "model.safetensors"
 
 
 def _digest(file: Path) -> str:

@@ -14,9 +14,9 @@ import pytest
 from datasets import ClassLabel, Dataset
 from toy import ROOT, save_toy_teacher, toy_rows
 
-from benchmarks import quality, quality_report, quality_runs
+from benchmarks import quality, quality_report, quality_results, quality_runs
 from benchmarks.quality_plan import estimate, plan_text
-from benchmarks.quality_runs import TEACHER, Options, Run
+from benchmarks.quality_results import TEACHER, Options, Run
 from benchmarks.quality_settings import (
     ARMS,
     SETTINGS,
@@ -104,15 +104,15 @@ def test_two_arms_from_data_to_report(options: Options, tmp_path: Path, monkeypa
 
 
 def test_runs_of_another_budget_are_not_adopted(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    described = quality_runs.describe(FT, options)
+    described = quality_results.describe(FT, options)
     result = {"setting": "toy_half", "arm": "ft", "layers": 2, "seed": 0, "description": described, "splits": {}}
     result |= {"content_hash": "", "models": {}, "processor": ""}
-    assert quality_runs.adopt([result], options) == [FT] and quality_runs.finished(FT, options) == result
-    assert quality_runs.adopt([result], options) == [], "what is here stays"
+    assert quality_results.adopt([result], options) == [FT] and quality_results.finished(FT, options) == result
+    assert quality_results.adopt([result], options) == [], "what is here stays"
     half = SETTINGS["toy_half"]
     monkeypatch.setitem(SETTINGS, "toy_half", replace(half, batch_size=half.batch_size // 2))
-    assert quality_runs.adopt([result, {**result, "setting": "gone"}, {**result, "arm": "gone"}], options) == []
-    assert quality_runs.finished(FT, options) is None
+    assert quality_results.adopt([result, {**result, "setting": "gone"}, {**result, "arm": "gone"}], options) == []
+    assert quality_results.finished(FT, options) is None
 
 
 @pytest.mark.parametrize("content", [None, "no JSON", "[]", "{}", '{"results": [{"arm": "kd"}]}', '{"results": [1]}'])
@@ -138,7 +138,7 @@ def test_a_failed_run_costs_no_other(options: Options, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(quality_runs, "distill", sometimes)
     assert quality._make_all([KD, FT], options) == 1
-    assert quality_runs.finished(FT, options) is not None and quality_runs.finished(KD, options) is None
+    assert quality_results.finished(FT, options) is not None and quality_results.finished(KD, options) is None
     report = quality_report.collect(options, [KD, FT], "quality")
     missing = {"setting": "toy_half", "arm": "kd", "layers": 2, "seed": 0, "why": "failed: RuntimeError: out of luck"}
     assert report["missing"] == [missing]
@@ -160,7 +160,7 @@ def test_a_teacher_that_fails_is_tried_once(options: Options, monkeypatch: pytes
 def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(options: Options) -> None:
     whole = quality_runs.make(FT, options)
     assert whole is not None
-    folder = quality_runs.folder_of(FT, options)
+    folder = quality_results.folder_of(FT, options)
     (folder / "result.json").unlink()
     enter = StopRequest.__enter__
 
@@ -172,7 +172,7 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(options: Options) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StopRequest, "__enter__", stopped_at_once)
         assert quality._make_all([FT], options) == 128 + signal.SIGTERM
-    assert quality_runs.finished(FT, options) is None and (folder / "checkpoints").is_dir()
+    assert quality_results.finished(FT, options) is None and (folder / "checkpoints").is_dir()
     assert not (folder / "failure.json").exists()
     again = quality_runs.make(FT, options)
     assert again is not None and again["steps"] == whole["steps"]
@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(options: Options) 
 def test_a_signal_at_the_last_step_is_not_lost(options: Options) -> None:
     """The training takes it for itself and ends as it would have; the next one must not begin."""
     evaluate = TrainingRun._evaluate
-    quality_runs.make(quality_runs.teacher_of(FT, options), options)
+    quality_runs.make(quality_results.teacher_of(FT, options), options)
 
     def stopped_at_the_end(run: TrainingRun, *arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -194,55 +194,57 @@ def test_a_signal_at_the_last_step_is_not_lost(options: Options) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingRun, "_evaluate", stopped_at_the_end)
         assert quality._make_all([FT, KD], options) == 128 + signal.SIGTERM
-    assert quality_runs.finished(FT, options) is not None and quality_runs.finished(KD, options) is None
+    assert quality_results.finished(FT, options) is not None and quality_results.finished(KD, options) is None
     assert signal.getsignal(signal.SIGTERM) == before and signal.set_wakeup_fd(-1) == -1
 
 
 def test_results_of_another_budget_are_not_shown(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     quality_runs.make(FT, options)
-    assert quality_runs.finished(FT, options) is not None
+    assert quality_results.finished(FT, options) is not None
     longer = Setting("Half", "toy", 32, 8.0, 32, 3, 1, 2, fraction=0.5, learning_rate=2e-3, teacher_learning_rate=2e-3)
     monkeypatch.setitem(SETTINGS, "toy_half", longer)
-    assert quality_runs.finished(FT, options) is None
-    assert quality_runs.why_not(FT, options) == "made with other options"
+    assert quality_results.finished(FT, options) is None
+    assert quality_results.why_not(FT, options) == "made with other options"
     assert quality_report.collect(options, [FT], "quality")["results"] == []
 
 
 def test_an_option_that_came_later_makes_no_result_old(options: Options) -> None:
-    now = quality_runs.describe(KD, options)
+    now = quality_results.describe(KD, options)
     before = {**now, "method": {name: value for name, value in now["method"].items() if name != "temperature"}}
-    assert quality_runs.same(before, now) and not quality_runs.same(now, before)
-    assert not quality_runs.same({**now, "method": {**now["method"], "temperature": 3.0}}, now)
-    assert not quality_runs.same({**now, "teacher": None}, now) and not quality_runs.same(now, {**now, "teacher": None})
+    assert quality_results.same(before, now) and not quality_results.same(now, before)
+    assert not quality_results.same({**now, "method": {**now["method"], "temperature": 3.0}}, now)
+    assert not quality_results.same({**now, "teacher": None}, now) and not quality_results.same(
+        now, {**now, "teacher": None}
+    )
     other_teacher = {**now, "teacher": {**now["teacher"], "max_length": 31}}
-    assert not quality_runs.same(other_teacher, now)
+    assert not quality_results.same(other_teacher, now)
 
 
 def test_a_run_of_another_process_is_left_to_it(options: Options) -> None:
-    quality_runs.make(quality_runs.teacher_of(FT, options), options)
-    with quality_runs._lock(quality_runs.folder_of(FT, options), wait=False) as mine:
+    quality_runs.make(quality_results.teacher_of(FT, options), options)
+    with quality_results.locked(quality_results.folder_of(FT, options), wait=False) as mine:
         assert mine
         assert quality_runs.make(FT, options) is None
 
 
 def test_teacher_rows_and_start(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert quality_runs.teacher_of(FT, options) == Run("toy", TEACHER, 0, 0)
+    assert quality_results.teacher_of(FT, options) == Run("toy", TEACHER, 0, 0)
     own = Options(*(getattr(options, name) for name in ("data", "encoder", "encoder_name", "work")), "fp32", "same")
-    assert quality_runs.teacher_of(Run("toy_half", "kd", 2, 3), own) == Run("toy_half", TEACHER, 0, 3)
-    described = quality_runs.describe(Run("toy_half", "kd", 2, 3), own)
+    assert quality_results.teacher_of(Run("toy_half", "kd", 2, 3), own) == Run("toy_half", TEACHER, 0, 3)
+    described = quality_results.describe(Run("toy_half", "kd", 2, 3), own)
     assert described["teacher"]["fraction"] == 0.5 and described["teacher"]["training"]["epochs"] == 2
     monkeypatch.setitem(SETTINGS, "after", Setting("After", "toy", 32, 8.0, 64, 2, 4, 2, start="toy"))
     run = Run("after", "kd", 2, 0)
     # The setting "after" is of the task toy, whose teacher is the setting's that carries the task's name.
     whole = Run("toy", TEACHER, 0, 0)
-    assert quality_runs.in_order(run, options) == [whole, Run("toy", "kd", 2, 0), run]
-    assert quality_runs.describe(run, options)["start"]["method"]["name"] == "kd"
+    assert quality_results.in_order(run, options) == [whole, Run("toy", "kd", 2, 0), run]
+    assert quality_results.describe(run, options)["start"]["method"]["name"] == "kd"
 
 
 def test_a_start_is_trained_and_kept(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETTINGS, "after", Setting("After", "toy", 32, 8.0, 64, 1, 1, 1, start="toy"))
     assert quality._make_all([Run("after", "ft", 2, 0)], options) == 0
-    start = quality_runs.folder_of(Run("toy", "kd", 2, 0), options)
+    start = quality_results.folder_of(Run("toy", "kd", 2, 0), options)
     used = json.loads((options.work / "after" / "ft-2layers-0" / "config.json").read_text())["student"]["model"]
     assert used == str(start / "student") and (start / "student" / "config.json").is_file()
 
