@@ -82,7 +82,8 @@ def _make_all(planned: list[Run], options: Options) -> int:
 class StopSignals:
     """Hears every SIGTERM and SIGINT while the block runs, also one that a training took for itself.
 
-    A training stops at its next step, and finishes if that was its last; measuring always finishes.
+    A training stops at its next step, and finishes if that was its last. Whatever else is going on, such as a teacher's
+    pass over all rows, ends at once; the next start of the command does it again.
     """
 
     def __enter__(self) -> "StopSignals":
@@ -90,8 +91,8 @@ class StopSignals:
         for end in (self._read, self._write):
             os.set_blocking(end, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        # The number comes through the pipe; without a handler of Python's the process would end.
-        self._handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        # The number comes through the pipe. A training has a handler of its own; elsewhere both signals do the same.
+        self._handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,22 @@ def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_been(options: Options) 
     resumed = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert resumed["step"] == whole["steps"]
     assert again["splits"] == whole["splits"]
+
+
+def test_a_signal_before_the_first_step_ends_the_run_there(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def prepares(**sections: Any) -> None:
+        asked.append(sections["method"]["name"])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(quality_runs, "distill", prepares)
+    started = time.monotonic()
+    assert quality._make_all([KD, FT], options) == 128 + signal.SIGTERM
+    assert asked == ["finetune"] and time.monotonic() - started < 30
+    assert not list(options.work.glob("*/*/failure.json")) and not list(options.work.glob("*/*/result.json"))
 
 
 def test_a_signal_at_the_last_step_is_not_lost(options: Options) -> None:
