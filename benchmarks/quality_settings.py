@@ -75,7 +75,7 @@ SETTINGS = {
     "sst2_1pct": Setting("SST-2, 1 %", "sst2", 64, 13.0, 673, 10, 1, 5, fraction=0.01),
     "rte": Setting("RTE", "rte", 128, 66.2, 2490, 2, 5, 5, start="mnli"),
     "mrpc": Setting("MRPC", "mrpc", 96, 53.6, 3668, 1.5, 4, 5, start="mnli"),
-    "sst2_10pct": Setting("SST-2, 10 %", "sst2", 64, 13.0, 6735, 3, 1, 3, 0.1, batch_size=64, learning_rate=2e-4),
+    "sst2_10pct": Setting("SST-2, 10 %", "sst2", 64, 13.0, 6735, 3, 1, 5, 0.1, batch_size=64, learning_rate=2e-4),
     "sst2": Setting("SST-2", "sst2", 64, 13.0, 67349, 1, 1, 1, batch_size=128, learning_rate=2e-4),
     "ag_news": Setting(
         "AG News, 10,706 rows", "ag_news", 64, 50.2, 10706, 1, 2, 1, None, ("test",), batch_size=64, learning_rate=2e-4
