@@ -128,7 +128,9 @@ def _run(
 ) -> Result:
     started = time.time()
     parts = prepare(config, loaded, device)
-    extras = config.method.build(setting_of(config, loaded, parts, device))
+    setting = setting_of(config, loaded, parts, device)
+    config.method.check(setting)
+    extras = config.method.build(setting)
     module = DistillationModule(parts.student, parts.teacher, extras, config.method)
     with Engine(module, config.training, parts.deepspeed_config, device, parts.train.source_rows) as engine:
         run = Run(config, folder, parts, engine)

@@ -195,6 +195,8 @@ def test_methods_without_weights_are_planned_and_what_is_left_out_is_said(tmp_pa
         ({"name": "label_revision"}, None),
         ({"name": "label_revision", "select_share": 0.5}, "two forwards of the student and one of the teacher"),
         ({"name": "data_partition"}, "one forward of the student over all training rows"),
+        ({"name": "pkt"}, "hidden states and projections of layers"),
+        ({"name": "minilm"}, "hidden states and projections of layers"),
         ({"name": "rdd", "stage_share": 0.0}, None),
         ({"name": "rdd"}, "two dropout passes of the teacher over the clean rows of the first 50% of the steps"),
     ],

@@ -169,6 +169,9 @@ class Method(Section):
         """Whether the student's logits are trained; if not, evaluations say nothing and the last weights are kept."""
         return True
 
+    def check(self, setting: Setting) -> None:
+        """Called before `build`. Raises: ModelError for models that the method cannot compare."""
+
     def build(self, setting: Setting) -> nn.Module | None:
         """Further trainable modules (projections, more students); trained and checkpointed beside the student.
 

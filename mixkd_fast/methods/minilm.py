@@ -38,7 +38,7 @@ class MiniLM(LayerComparison):
     kd_weight: Weight = 0.0
     """Weight of the distance to the teacher on the clean rows."""
 
-    def build(self, setting: Setting) -> None:
+    def check(self, setting: Setting) -> None:
         """Raises: ModelError for a layer that does not exist, and for heads into which the models cannot be cut."""
         assert setting.teacher is not None
         student, teacher = setting.student.config, setting.teacher.model.config

@@ -57,7 +57,7 @@ class PKT(LayerComparison):
     features: Literal["mean", "first"] = "mean"
     """A row's features: the mean of its tokens' states, or the state of its first token ([CLS])."""
 
-    def build(self, setting: Setting) -> None:
+    def check(self, setting: Setting) -> None:
         """Raises: ModelError for layers that do not exist."""
         assert setting.teacher is not None
         student, teacher = setting.student.config, setting.teacher.model.config

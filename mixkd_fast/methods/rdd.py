@@ -40,8 +40,8 @@ class RDD(RowDistillation):
             )
         return self
 
-    def build(self, setting: Setting) -> None:
-        """Nothing to train. Raises: ModelError if stage 1 asks a teacher that has no dropout."""
+    def check(self, setting: Setting) -> None:
+        """Raises: ModelError if stage 1 asks a teacher that has no dropout."""
         assert setting.teacher is not None
         if self.stage_share and setting.teacher.num_dropouts == 0:
             raise ModelError(
