@@ -20,11 +20,12 @@ def json_schema(kind: type[Section] = Config) -> dict[str, Any]:
 
 
 def check_config(config: Config, ranks: int = 1) -> None:
-    """What can be known without data and models: the task, the batch arithmetic, the deepspeed section.
+    """What can be known without data and models: the task and whether the method fits it, the batch arithmetic, the
+    deepspeed section.
 
     Raises: ConfigurationError.
     """
-    resolve(config.task)
+    config.method.check_kind(resolve(config.task).kind)
     student_deepspeed_config(config, batch_arithmetic(config.training, ranks))
 
 

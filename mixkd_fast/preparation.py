@@ -104,10 +104,7 @@ def prepare(config: Config, loaded: Loaded, device: torch.device) -> Prepared:
     tokenizer = load_shared_tokenizer(config, loaded)
     splits = _splits(config, loaded)
     spec = splits.spec
-    if spec.kind not in config.method.kinds:
-        raise ConfigurationError(
-            f'method "{config.method.name}" is for {" and ".join(config.method.kinds)} tasks, and this is a {spec.kind}'
-        )
+    config.method.check_kind(spec.kind)
     splits, chosen = with_chosen_rows(config.method, splits)
     cache_dir = Path(config.task.cache_dir) if config.task.cache_dir else default_cache_dir()
 
@@ -282,6 +279,8 @@ def print_start(config: Config, parts: Prepared, engine: Engine, arithmetic: Bat
         facts["student"] += f"\n{'':<12}{note}"
     options = config.method.model_dump(exclude={"name"})
     facts["method"] = f"{config.method.name} {json.dumps(options)}" if options else config.method.name
+    for option in config.method.without_effect:
+        facts["method"] += f"\n{'':<12}without effect: {option}"
     rows = ", ".join(f"{split} {count:,}" for split, count in data["evaluation_rows"].items())
     truncated = f"; {data['truncated_rows']:,} rows cut at {data['max_length']}" if data["truncated_rows"] else ""
     for split, tokens in {"train": parts.train, **parts.evaluation}.items():

@@ -23,6 +23,8 @@ from mixkd_fast.section import Section
 from mixkd_fast.strict_json import apply_overrides
 
 BASE: dict[str, Any] = {"task": {"name": "demo"}, "teacher": {"model": "somewhere"}}
+_TERMS = ("mle", "kd", "sm", "tmkd", "adversarial", "contrastive")
+CILDA_WEIGHTS = [f"{term}_weight" for term in _TERMS]
 
 
 def _merged(changes: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +88,10 @@ def _merged(changes: dict[str, Any]) -> dict[str, Any]:
         ({"task": {"evaluation_files": {"kd": "dev.csv"}}}, ["task.evaluation_files.kd = 'dev.csv'", "list"]),
         ({"task": {"evaluation_files": {"str": [3]}}}, ["task.evaluation_files.str.0 = 3", "string"]),
         ({"method": {"name": "kd", "mle_weight": 0, "kd_weight": 0}}, ["method: mle_weight, kd_weight are all 0"]),
+        (
+            {"method": {"name": "cilda", "generator": "g"} | dict.fromkeys(CILDA_WEIGHTS, 0)},
+            ["method: mle_weight, kd_weight, sm_weight, tmkd_weight, adversarial_weight, contrastive_weight are all 0"],
+        ),
         (
             {"method": {"name": "mixkd", "mle_weight": 0, "sm_weight": 0, "tmkd_weight": 0}},
             ["mle_weight, kd_weight, sm_weight, tmkd_weight are all 0: nothing would be trained"],

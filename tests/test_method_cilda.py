@@ -218,3 +218,10 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     other = str(save_masked_lm(tmp_path / "other", tokenizer=tiny_tokenizer()))
     with pytest.raises(ModelError, match=r"method\.generator.*tokenizers differ"):
         run_method(tmp_path, {"name": "cilda", "generator": other}, "foreign")
+
+
+@pytest.mark.parametrize("term", ["mle", "kd", "sm", "tmkd", "adversarial"])
+def test_the_contrast_alone_trains_no_classifier(term: str) -> None:
+    alone: dict[str, Any] = dict.fromkeys(("mle_weight", "kd_weight", "sm_weight", "tmkd_weight"), 0.0)
+    assert not CILDA(generator="g", **alone, adversarial_weight=0.0).trains_classifier
+    assert CILDA(generator="g", **{**alone, "adversarial_weight": 0.0, f"{term}_weight": 1.0}).trains_classifier

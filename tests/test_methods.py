@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tiny_models import tiny_batch, tiny_config, tiny_encoder
 from torch import Tensor
 
+from mixkd_fast.configuration import Config, validate
 from mixkd_fast.data.batching import Batch
 from mixkd_fast.methods import KD, FineTune, MixKD, Moment
 from mixkd_fast.methods.base import Method
@@ -151,3 +152,23 @@ def test_kd_and_finetune_are_the_clean_part() -> None:
     torch.testing.assert_close(_terms(KD(), batch, student, teacher)["kd"], whole["kd"])
     torch.testing.assert_close(_terms(FineTune(), batch, student, None)["mle"], whole["mle"])
     assert KD().mixing() is None and FineTune().mixing() is None and not FineTune.uses_teacher
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"name": "kd"}, []),
+        ({"name": "kd", "distance": "mse", "temperature": 7.0}, ['method.temperature: distance "mse" has none']),
+        ({"name": "mixkd", "alpha": 1.0}, []),
+        ({"name": "pkd", "alpha": 9.0}, ["method.alpha: no rows are mixed with these weights"]),
+        ({"name": "pkd", "alpha": 9.0, "sm_weight": 1.0}, []),
+        ({"name": "cr_ild", "mixed_rows": 2}, []),
+        ({"name": "cr_ild", "consistency_weight": 0.0, "mixed_rows": 2}, ["method.mixed_rows: no rows are mixed"]),
+        ({"name": "cr_ild", "ema_decay": 0.5}, ["method.ema_decay: no moving average is compared with"]),
+        ({"name": "cr_ild", "ema_decay": 0.5, "consistency_target": "ema"}, []),
+        ({"name": "cr_ild", "ild_share": 0, "attention": "none"}, ["method.attention: ild_share 0 has no ILD steps"]),
+    ],
+)
+def test_options_without_effect_are_named(section: dict[str, Any], said: list[str]) -> None:
+    found = validate(Config, {"task": {}, "teacher": {"model": "t"}, "method": section}).method.without_effect
+    assert len(found) == len(said) and all(text.startswith(start) for text, start in zip(found, said, strict=True))

@@ -107,6 +107,20 @@ def test_ranking_is_by_the_mean_over_seeds(grid: tuple[Path, int]) -> None:
     assert done[0]["mean"] >= done[1]["mean"] and [trial["rank"] for trial in done] == [1, 2]
 
 
+def test_trials_of_tasks_with_other_splits_go_by_their_own(tmp_path: Path) -> None:
+    path = _write(tmp_path)
+    content = json.loads(path.read_text())
+    (files,) = content["config"]["task"]["evaluation_files"].values()
+    content["fields"] = {"task.evaluation_files": [{"first": files}, {"second": files}]}
+    path.write_text(json.dumps(content))
+    assert _run(path) == 0
+    report = _report(tmp_path)
+    assert report["metric"] == "accuracy" and report["higher_is_better"]
+    assert {trial["metric"] for trial in report["trials"]} == {"first/accuracy", "second/accuracy"}
+    assert all(trial["mean"] is not None for trial in report["trials"])
+    assert "By accuracy" in (tmp_path / "out" / "sweep.html").read_text()
+
+
 def test_a_metric_of_which_less_is_better_turns_the_order(grid: tuple[Path, int]) -> None:
     folder, _ = grid
     content = json.loads((folder / "sweep.json").read_text())

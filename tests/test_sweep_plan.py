@@ -113,6 +113,10 @@ def test_problems_of_all_trials_come_together_and_name_the_fields(tmp_path: Path
         plan_trials(_sweep(fields=wrong))
     with pytest.raises(ConfigurationError, match='metric = "f1": allowed for this task: accuracy, nll'):
         plan_trials(_sweep(fields={"method.temperature": [1.0, 2.0]}, metric="f1"))
+    with pytest.raises(ConfigurationError, match="metric is missing: the tasks' first ones are accuracy, pearson"):
+        plan_trials(_sweep(fields={"task.name": ["sst2", "stsb"]}))
+    with pytest.raises(ConfigurationError, match=r'method "cckd" is for classification .* this is a regression\n  in '):
+        plan_trials(_sweep(changes={"task.name": "stsb"}, fields={"method": [{"name": "kd"}, {"name": "cckd"}]}))
     with pytest.raises(ConfigurationError, match='metric = "dev/accuracy": the task has the splits validation'):
         plan_trials(_sweep(fields={"method.temperature": [1.0, 2.0]}, metric="dev/accuracy"))
 

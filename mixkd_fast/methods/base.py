@@ -5,7 +5,7 @@ Legend of shape suffixes: B clean rows of the micro-batch, M = B * mixed_rows mi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mixkd_fast.errors import ConfigurationError
 from mixkd_fast.mix import first_rows
 from mixkd_fast.mixing import Mixing
 from mixkd_fast.section import Section
@@ -168,6 +169,21 @@ class Method(Section):
     def trains_classifier(self) -> bool:
         """Whether the student's logits are trained; if not, evaluations say nothing and the last weights are kept."""
         return True
+
+    def check_kind(self, kind: str) -> None:
+        """Raises: ConfigurationError where the method is for tasks of other kinds."""
+        if kind not in self.kinds:
+            raise ConfigurationError(f'method "{self.name}" is for {" and ".join(self.kinds)} tasks; this is a {kind}')
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Options that are not at their default and change nothing beside the others, each with the reason."""
+        return []
+
+    def unless_default(self, names: Iterable[str], why: str) -> list[str]:
+        """For `without_effect`: those of the options that are not at their default."""
+        fields = type(self).model_fields
+        return [f"method.{name}: {why}" for name in names if getattr(self, name) != fields[name].default]
 
     def check(self, setting: Setting) -> None:
         """Called before `build`. Raises: ModelError for models that the method cannot compare."""

@@ -5,7 +5,7 @@ Legend of shape suffixes: B clean rows, L positions, K masked tokens, V words, E
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,11 @@ class CILDA(MixedRowDistillation):
     """c of the InfoNCE loss."""
     projection_size: Annotated[int, Field(gt=0)] = 128
     """P: width of the projected layers."""
+    _factors: ClassVar[tuple[str, ...]] = ("generator_weight",)
+
+    @property
+    def trains_classifier(self) -> bool:
+        return self.needs_clean_student or self.needs_mixed_student or self.adversarial_weight > 0
 
     @property
     def reads_teacher(self) -> bool:

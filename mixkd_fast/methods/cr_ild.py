@@ -102,6 +102,16 @@ class CRILD(MixedRowDistillation):
         return self.ild_share < 1
 
     @property
+    def without_effect(self) -> list[str]:
+        unused: list[str] = []
+        if not self.ild_share:
+            names = ["attention", "relation_heads", "attention_weight", "hidden_weight", "consistency_weight"]
+            unused = self.unless_default([*names, "consistency_target", "ema_decay"], "ild_share 0 has no ILD steps")
+        elif not self._is_consistent or self.consistency_target == "self":
+            unused = self.unless_default(["ema_decay"], "no moving average is compared with")
+        return [*super().without_effect, *unused]
+
+    @property
     def reads_teacher(self) -> bool:
         return self.ild_share > 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ Distance = Literal["kl", "mse"]
 class CleanRowDistillation(Method):
     """The terms of the clean rows, shared by KD and MixKD."""
 
+    _factors: ClassVar[tuple[str, ...]] = ()
+    """Weights that are not a term's: alone they train nothing."""
     mle_weight: Weight = 1.0
     """Weight of the supervised loss."""
     kd_weight: Weight = 1.0
@@ -33,7 +35,7 @@ class CleanRowDistillation(Method):
 
     @model_validator(mode="after")
     def _trains_something(self) -> CleanRowDistillation:
-        weights = [name for name in type(self).model_fields if name.endswith("_weight")]
+        weights = [name for name in type(self).model_fields if name.endswith("_weight") and name not in self._factors]
         if not any(getattr(self, name) for name in weights):
             raise ValueError(f"{', '.join(weights)} are all 0: nothing would be trained; at least one must be positive")
         return self
@@ -57,6 +59,10 @@ class KD(CleanRowDistillation):
 
     name: Literal["kd"] = "kd"
     """Discriminator of the method section."""
+
+    @property
+    def without_effect(self) -> list[str]:
+        return self.unless_default(["temperature"], 'distance "mse" has none') if self.distance == "mse" else []
 
     def terms(
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment

@@ -29,6 +29,11 @@ class MixedRowDistillation(CleanRowDistillation, Mixing):
     def mixing(self) -> Mixing | None:
         return self if self.needs_mixed_student else None
 
+    @property
+    def without_effect(self) -> list[str]:
+        mixes = self.mixing() is not None
+        return [] if mixes else self.unless_default(Mixing.model_fields, "no rows are mixed with these weights")
+
     def terms(
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment
     ) -> dict[str, Tensor]:
@@ -95,6 +100,11 @@ class MixKD(MixedRowDistillation):
     """alpha_SM: weight of the supervised loss on the mixed rows with mixed labels."""
     tmkd_weight: Weight = 1.0
     """alpha_TMKD: weight of the distance to the teacher on the mixed rows."""
+
+    @property
+    def without_effect(self) -> list[str]:
+        unused = self.unless_default(["temperature"], 'distance "mse" has none') if self.distance == "mse" else []
+        return [*super().without_effect, *unused]
 
 
 def _logits(output: Any | None) -> Tensor | None:

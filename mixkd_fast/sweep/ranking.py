@@ -34,7 +34,7 @@ class TrialResult:
 
     trial: Trial
     metric: str
-    """split/metric"""
+    """split/metric by which it is ranked"""
     runs: list[RunResult]
     errors: list[str]
 
@@ -86,6 +86,7 @@ class Ranking:
     """All trials, the best first; trials that are not finished last."""
 
     metric: str
+    """split/metric; without the split where the trials' tasks have different ones"""
     higher_is_better: bool
     results: list[TrialResult]
 
@@ -125,17 +126,16 @@ class Ranking:
 def rank(sweep: Sweep, trials: Sequence[Trial]) -> Ranking:
     """Read what the runs have left and put the trials in order; equal ones keep the order of the search.
 
+    Without a split in the sweep's metric each trial goes by its own task's first one.
     Raises: DataError if a summary cannot be read, or lacks the metric.
     """
-    finished = {trial.folder: [_read(plan) for plan in trial.runs if is_finished(plan)] for trial in trials}
-    first = next((run.metrics for runs in finished.values() for run in runs), {})
-    split, _, name = (sweep.metric or "").rpartition("/")
-    split = split or next(iter(first), "")
-    metric = f"{split}/{name or next(iter(first.get(split, {})), 'metric')}"
-    results = [
-        TrialResult(trial, metric, finished[trial.folder], [e for plan in trial.runs if (e := recorded_error(plan))])
-        for trial in trials
-    ]
+    results = []
+    for trial in trials:
+        runs = [_read(plan) for plan in trial.runs if is_finished(plan)]
+        errors = [error for plan in trial.runs if (error := recorded_error(plan))]
+        results.append(TrialResult(trial, _metric(sweep, runs), runs, errors))
+    metrics = list(dict.fromkeys(result.metric for result in results if result.runs)) or ["metric"]
+    metric = metrics[0] if len(metrics) == 1 else metrics[0].rpartition("/")[2]
     higher = metric.rpartition("/")[2] not in LOWER_IS_BETTER
     sign = -1 if higher else 1
 
@@ -145,6 +145,14 @@ def rank(sweep: Sweep, trials: Sequence[Trial]) -> Ranking:
 
     results.sort(key=order)
     return Ranking(metric, higher, results)
+
+
+def _metric(sweep: Sweep, runs: Sequence[RunResult]) -> str:
+    """split/metric by which a trial's runs are ranked."""
+    figures = runs[0].metrics if runs else {}
+    split, _, name = (sweep.metric or "").rpartition("/")
+    split = split or next(iter(figures), "")
+    return f"{split}/{name or next(iter(figures.get(split, {})), 'metric')}"
 
 
 def value_of(metrics: Mapping[str, Mapping[str, float]], metric: str) -> float:
@@ -176,6 +184,7 @@ def as_json(ranking: Ranking) -> dict[str, Any]:
                 "folder": str(result.trial.folder),
                 "status": result.status,
                 "values": dict(result.trial.values),
+                "metric": result.metric,
                 "mean": result.mean,
                 "std": result.deviation,
                 "by_seed": {str(seed): value for seed, value in values.items()},

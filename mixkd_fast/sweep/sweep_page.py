@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,20 @@ def _points(ranking: Ranking, name: str, results: list[TrialResult]) -> str:
         [result.deviation for result in results],
         label=name,
         logarithmic=min(x) > 0 and max(x) / min(x) >= _LARGEST_SPAN,
-        level=_teacher(ranking, results),
+        level=_teacher(results),
     )
 
 
-def _teacher(ranking: Ranking, results: list[TrialResult]) -> tuple[str, float] | None:
+def _teacher(results: list[TrialResult]) -> tuple[str, float] | None:
     """The teacher's own figure, where all trials have the same one."""
-    split, _, metric = ranking.metric.rpartition("/")
-    figures = {
-        value_of(run.teacher, ranking.metric) if metric in run.teacher.get(split, {}) else None
-        for result in results
-        for run in result.runs
-    }
+    figures = {_figure(run.teacher, result.metric) for result in results for run in result.runs}
     only = figures.pop() if len(figures) == 1 else None
     return None if only is None else ("teacher", only)
+
+
+def _figure(metrics: Mapping[str, Mapping[str, float]], metric: str) -> float | None:
+    split, _, name = metric.rpartition("/")
+    return value_of(metrics, metric) if name in metrics.get(split, {}) else None
 
 
 def _bars(caption: str, ranking: Ranking, results: list[TrialResult], names: list[str]) -> str:

@@ -86,6 +86,7 @@ def plan_trials(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Trial]:
     if sweep.partition is not None:
         links = [_Link(s, t) for s in sweep.partition.strategies for t in sweep.partition.transfer]
     problems: dict[str, list[str]] = {}
+    firsts: dict[str, str] = {}  # the first metric of a trial's task -> the trial
     found: dict[str, tuple[Point, _Link | None, dict[str, Any]]] = {}
     for point in points_of(sweep):
         for link in links:
@@ -93,12 +94,16 @@ def plan_trials(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Trial]:
             try:
                 content = apply_overrides(base, as_overrides(point))
                 config = _checked(content, sweep)
+                firsts.setdefault(next(iter(resolve(config.task).metrics), ""), label)
                 found.setdefault(_digest(config, sweep, link), (point, link, content))
                 for run in _runs(content, config, sweep, link, Path("trial"), check=True):
                     check_config(run.config, sweep.ranks or 1)
             except ConfigurationError as error:
                 for line in _lines(error):
                     problems.setdefault(line, []).append(label)
+    if sweep.metric is None and len(firsts) > 1:
+        missing = f"metric is missing: the tasks' first ones are {', '.join(firsts)}; give one that all have"
+        problems[missing] = list(firsts.values())
     if problems:
         raise ConfigurationError("\n".join(f"{line}\n  in {_some(labels)}" for line, labels in problems.items()))
     folders = _folders(Path(sweep.output) / "trials", list(found))
