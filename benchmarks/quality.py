@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.quality_plan import plan_text
 from benchmarks.quality_report import collect, write
-from benchmarks.quality_results import Options, Run, adopt, finished, in_order, is_complete
+from benchmarks.quality_results import Options, Run, adopt, digest_of, finished, in_order, is_complete
 from benchmarks.quality_runs import make
 from benchmarks.quality_settings import ARMS, SETTINGS, chosen, method_of, seed_numbers
 from mixkd_fast.errors import ConfigurationError, Interrupted
@@ -151,7 +151,11 @@ def _command(arguments: argparse.Namespace) -> str:
 
 
 def _shown(encoder: str) -> str:
-    return Path(encoder).name if Path(encoder).is_dir() else encoder
+    """A hub name, or a folder's name with a digest of its weights: folders of one name hold other models."""
+    if not Path(encoder).is_dir():
+        return encoder
+    weights = sorted(Path(encoder).glob("*.safetensors")) or sorted(Path(encoder).glob("*.bin"))
+    return "-".join([Path(encoder).name, *(digest_of(file)[:8] for file in weights)])
 
 
 def _options(arguments: argparse.Namespace) -> tuple[Options, list[Run]]:

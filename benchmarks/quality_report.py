@@ -2,17 +2,18 @@
 
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.quality_results import TEACHER, Options, Run, are_comparable, finished, same, teacher_of, why_not
+from benchmarks.quality_comparisons import comparisons, trends, unpaired
+from benchmarks.quality_results import TEACHER, Options, Run, finished, same, teacher_of, why_not
 from benchmarks.quality_runs import commit
-from benchmarks.quality_settings import ARMS, SETTINGS, pairs
-from benchmarks.statistics import Values, hierarchical_bootstrap, holm, mean_and_spread, unpack, unpack_losses
+from benchmarks.quality_settings import ARMS, CLAIM, SETTINGS
+from benchmarks.statistics import mean_and_spread
 from mixkd_fast.version import __version__
 
 METRICS = ("accuracy", "f1", "nll", "ece", "teacher_agreement", "kl_to_teacher")
@@ -35,7 +36,9 @@ def collect(options: Options, planned: list[Run], command: str) -> dict[str, Any
         "versions": {"mixkd_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "commit": commit(),
         "results": [result for _, result in sorted(runs.items(), key=lambda item: _order(item[0]))],
-        "comparisons": _comparisons(students),
+        "comparisons": comparisons(students),
+        "trends": trends(students),
+        "unpaired": unpaired(students),
         "missing": [
             {
                 "setting": run.setting,
@@ -64,7 +67,7 @@ def markdown(report: dict[str, Any]) -> str:
     """The result file as one page."""
     results = report["results"]
     layers = sorted({r["layers"] for r in results if r["layers"]}, reverse=True)
-    lines = ["# Does distillation help?", "", *_introduction(report), "", *_budgets(report)]
+    lines = ["# Does distillation help?", "", *_introduction(report), "", *_budgets(report), *_claim(report)]
     for number in layers:
         lines += ["", f"## Students of {number} layers", "", *_accuracies(report, number)]
         for control, title in _CONTROLS.items():
@@ -136,44 +139,6 @@ def _order(run: Run) -> tuple[int, int, int, int]:
     return list(SETTINGS).index(run.setting), -run.layers, [TEACHER, *ARMS].index(run.arm), run.seed
 
 
-def _comparisons(runs: dict[Run, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Paired differences over the seeds that both arms have, then Holm's adjustment over all of them."""
-    found = []
-    for setting in SETTINGS:
-        for layers in sorted({run.layers for run in runs if run.setting == setting}, reverse=True):
-            here = [run for run in runs if (run.setting, run.layers) == (setting, layers)]
-            for first, second in pairs({run.arm for run in here}):
-                common = _common_seeds(runs, setting, layers, first, second)
-                for split in SETTINGS[setting].splits if common else ():
-                    arms = [[runs[Run(setting, arm, layers, seed)] for seed in common] for arm in (first, second)]
-                    entry: dict[str, Any] = {"setting": setting, "split": split, "layers": layers}
-                    entry |= {"first": first, "second": second, "seeds": common}
-                    for metric in ("accuracy", "nll"):
-                        first_SN, second_SN = (_per_row(arm, split, metric) for arm in arms)
-                        entry[metric] = asdict(hierarchical_bootstrap(first_SN, second_SN))
-                    found.append(entry)
-    for metric in ("accuracy", "nll"):
-        adjusted = holm([entry[metric]["p_value"] for entry in found])
-        for entry, p_value in zip(found, adjusted, strict=True):
-            entry[metric]["adjusted_p_value"] = p_value
-    return found
-
-
-def _common_seeds(runs: dict[Run, dict[str, Any]], setting: str, layers: int, first: str, second: str) -> list[int]:
-    """Those that both arms have, on the same rows, with the same teacher and from the same start."""
-    seeds = (run.seed for run in runs if (run.setting, run.layers, run.arm) == (setting, layers, first))
-    pairs_of = {seed: [runs.get(Run(setting, arm, layers, seed)) for arm in (first, second)] for seed in seeds}
-    return sorted(seed for seed, (one, other) in pairs_of.items() if one and other and are_comparable(one, other))
-
-
-def _per_row(results: list[dict[str, Any]], split: str, metric: str) -> Values:
-    """Figures [S, N] of one arm."""
-    splits = [result["splits"][split] for result in results]
-    if metric == "accuracy":
-        return np.stack([unpack(s["correct"], s["rows"]) for s in splits])
-    return np.stack([unpack_losses(s["nll"]) for s in splits])
-
-
 def _introduction(report: dict[str, Any]) -> list[str]:
     which = "all rows of the task" if report["teacher_rows"] == "all" else "the same rows as its student"
     return [
@@ -186,12 +151,12 @@ def _introduction(report: dict[str, Any]) -> list[str]:
         "the same for all arms. ± is the standard deviation over seeds; where a setting is a share of the rows, each "
         "seed draws its own.",
         "",
-        "Differences: 95 % percentile intervals of a paired bootstrap that draws seeds and evaluation rows anew, each "
-        "with replacement (10,000 resamples); the seeds both arms have are used. Few seeds make the intervals somewhat "
-        "narrow, and one seed leaves an interval over rows alone. The intervals are not corrected for how many there "
-        "are. The verdicts are: helps or hurts where Holm's adjusted p over all differences of that figure on this "
-        "page is below 0.05, in brackets where only the interval excludes 0, and where one seed speaks for the arm. "
-        "Runs are paired if they had the same rows, the same teacher and the same start, weight for weight.",
+        "Differences: 95 % intervals of a paired bootstrap over seeds and evaluation rows (10,000 resamples), widened "
+        "for the few seeds; with one seed they speak of rows alone. The seeds both arms have are used. The intervals "
+        "are not corrected for how many there are. The verdicts are: helps or hurts where Holm's adjusted p is below "
+        "0.05, in brackets where only the interval excludes 0, and where one seed speaks for the arm. It is adjusted "
+        "over all settings and depths for the published claim, and for the others over their table. Runs are paired "
+        "if they had the same rows, the same teacher and the same start, weight for weight.",
     ]
 
 
@@ -219,6 +184,24 @@ def _budgets(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _claim(report: dict[str, Any]) -> list[str]:
+    """The published claim in all settings and depths, and how its gain changes with the rows of a task."""
+    first, second = (ARMS[name].title for name in CLAIM)
+    rows = [c for c in report["comparisons"] if (c["first"], c["second"]) == CLAIM]
+    lines = ["", f"## The published claim: {first} over {second}, most where rows are few", ""] if rows else []
+    if rows:
+        lines += _table(rows, ["setting", "layers"], lambda c: [_label(report, c["setting"], c["split"]), c["layers"]])
+    if report["trends"]:
+        lines += ["", f"The gain of {first} over {second} with few rows, less its gain with more rows of the task:", ""]
+        lines += _table(
+            report["trends"],
+            ["few", "more", "layers"],
+            lambda c: [_label(report, c["setting"], c["split"]), _label(report, c["more"], c["split"]), c["layers"]],
+            verdicts=False,
+        )
+    return lines
+
+
 def _accuracies(report: dict[str, Any], layers: int) -> list[str]:
     results = report["results"]
     names = [name for name in ARMS if any(r["arm"] == name and r["layers"] == layers for r in results)]
@@ -238,29 +221,40 @@ def _accuracies(report: dict[str, Any], layers: int) -> list[str]:
 
 
 def _differences(report: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    def first_cells(entry: dict[str, Any]) -> list[str]:
+        return [_label(report, entry["setting"], entry["split"]), ARMS[entry["first"]].title]
+
+    return _table(rows, ["setting", "arm"], first_cells)
+
+
+def _table(
+    rows: list[dict[str, Any]],
+    titles: list[str],
+    first_cells: Callable[[dict[str, Any]], list[Any]],
+    verdicts: bool = True,
+) -> list[str]:
+    """Differences of accuracy and NLL, after a row's first cells."""
+    figures = ["accuracy, points", "", "NLL", ""] if verdicts else ["accuracy, points", "NLL"]
     lines = [
-        "| setting | arm | seeds | accuracy, points | | NLL | |",
-        "| --- | --- | ---: | --- | --- | --- | --- |",
+        f"| {' | '.join([*titles, 'seeds', *figures])} |",
+        "| --- |" + " --- |" * (len(titles) - 1) + " ---: |" + " --- |" * len(figures),
     ]
     for entry in rows:
         accuracy, nll = entry["accuracy"], entry["nll"]
         points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * accuracy[k] for k in ("difference", "lower", "upper")))
         nats = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*(nll[k] for k in ("difference", "lower", "upper")))
-        verdicts = _verdict(entry, "accuracy", 1), _verdict(entry, "nll", -1)
-        lines.append(
-            f"| {_label(report, entry['setting'], entry['split'])} | {ARMS[entry['first']].title} | "
-            f"{len(entry['seeds'])} | {points} | {verdicts[0]} | {nats} | {verdicts[1]} |"
-        )
+        found = [points, _verdict(accuracy, 1), nats, _verdict(nll, -1)] if verdicts else [points, nats]
+        lines.append(f"| {' | '.join(map(str, [*first_cells(entry), len(entry['seeds']), *found]))} |")
     return lines
 
 
-def _verdict(entry: dict[str, Any], metric: str, better: int) -> str:
-    found = entry[metric]
+def _verdict(found: dict[str, Any], better: int) -> str:
     low, high = sorted((better * found["lower"], better * found["upper"]))
     word = "helps" if low > 0 else "hurts" if high < 0 else ""
     if not word:
         return "no evidence"
-    return word if found["adjusted_p_value"] < 0.05 and len(entry["seeds"]) > 1 else f"({word})"
+    p_value = found["adjusted_p_value"]
+    return word if p_value is not None and p_value < 0.05 else f"({word})"
 
 
 def _figures(report: dict[str, Any], layers: int) -> list[str]:
@@ -288,6 +282,13 @@ def _ending(report: dict[str, Any]) -> list[str]:
     if missing:
         lines += ["## Missing", "", "Runs (arm and seed) that were asked for and are not in the tables:", ""]
         lines += [f"- {where}: {', '.join(names)}" for where, names in missing.items()] + [""]
+    if report["unpaired"]:
+        lines += ["## Not compared", "", "Runs of a seed that had other rows, another teacher or another start:", ""]
+        for entry in report["unpaired"]:
+            names = f"{ARMS[entry['first']].title} and {ARMS[entry['second']].title}"
+            seeds = ", ".join(map(str, entry["seeds"]))
+            lines.append(f"- {entry['setting']}, {entry['layers']} layers: {names}, seeds {seeds}")
+        lines.append("")
     return [
         *lines,
         f"{len(results)} runs took {hours:.1f} hours in all on {devices}; mixkd_fast "

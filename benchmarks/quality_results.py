@@ -7,11 +7,13 @@ made. A result says all that the report needs, so a report's runs can be taken i
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,14 +132,38 @@ def describe(run: Run, options: Options) -> dict[str, Any]:
 def finished(run: Run, options: Options) -> dict[str, Any] | None:
     """The result of a run that is made, as asked for now, or None."""
     kept = read(folder_of(run, options) / "result.json")
-    if kept is None or not is_complete(kept) or (run.arm != TEACHER and not exists(run.arm)):
-        return None
-    return kept if same(kept["description"], describe(run, options)) else None
+    return kept if kept is not None and _is_as_now(kept, run, options) else None
+
+
+def _is_as_now(result: dict[str, Any], run: Run, options: Options) -> bool:
+    if not is_complete(result) or (run.arm != TEACHER and not exists(run.arm)):
+        return False
+    return same(result["description"], describe(run, options)) and _is_of_these_files(result, options)
+
+
+def _is_of_these_files(result: dict[str, Any], options: Options) -> bool:
+    """Whether the data's files are those that the result was made of, as far as they are here."""
+    folder = options.data / SETTINGS[result["setting"]].task
+    digests = {"train": result["training_data"]} | {name: split["data"] for name, split in result["splits"].items()}
+    files = {folder / f"{name}.parquet": kept for name, kept in digests.items()}
+    return all(digest_of(file) == kept for file, kept in files.items() if file.is_file())
+
+
+def digest_of(file: Path) -> str:
+    """16 hexadecimal digits of a file's SHA-256."""
+    state = file.stat()
+    return _digest(file, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _digest(file: Path, size: int, changed_at: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def is_complete(result: Any) -> bool:
     """Whether a result says all that the report needs; those of earlier versions do not."""
     names = {"setting", "arm", "layers", "seed", "description", "content_hash", "models", "processor", "splits"}
+    names.add("training_data")
     if not isinstance(result, dict) or not names <= result.keys():
         return False
     return all({"rows", "metrics", "correct", "nll", "data"} <= split.keys() for split in result["splits"].values())
@@ -173,7 +199,7 @@ def why_not(run: Run, options: Options) -> str:
     failure = read(folder / "failure.json")
     if failure is not None:
         return f"failed: {failure['error']}"
-    return "made with other options" if (folder / "result.json").is_file() else "not made yet"
+    return "made with other options or data" if (folder / "result.json").is_file() else "not made yet"
 
 
 def adopt(results: Iterable[dict[str, Any]], options: Options) -> list[Run]:
@@ -187,8 +213,7 @@ def adopt(results: Iterable[dict[str, Any]], options: Options) -> list[Run]:
         if result["setting"] not in SETTINGS or result["arm"] not in (TEACHER, *ARMS):
             continue
         run = Run(result["setting"], result["arm"], result["layers"], result["seed"])
-        wanted = is_complete(result) and (run.arm == TEACHER or exists(run.arm))
-        if not wanted or not same(result["description"], describe(run, options)):
+        if not _is_as_now(result, run, options):
             continue
         with locked(folder_of(run, options), wait=False) as mine:
             if mine and finished(run, options) is None:

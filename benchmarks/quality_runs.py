@@ -1,7 +1,6 @@
 """How a run of the quality benchmark is made and measured; what it leaves is in quality_results.py."""
 
 import gc
-import hashlib
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from benchmarks.quality_results import (
     Options,
     Run,
     describe,
+    digest_of,
     folder_of,
     is_kept,
     locked,
@@ -108,8 +108,9 @@ def _make(run: Run, options: Options, folder: Path, teacher: Path | None) -> dic
         "seed": run.seed,
         "description": described,
         "training_rows": summary["data"]["train_rows"],
+        "training_data": digest_of(options.data / SETTINGS[run.setting].task / "train.parquet"),
         "content_hash": summary["data"]["content_hash"],
-        "models": {name: None if place is None else _digest(weights_of(place)) for name, place in used.items()},
+        "models": {name: None if place is None else digest_of(weights_of(place)) for name, place in used.items()},
         "steps": summary["training"]["steps"],
         "parameters": summary["student"]["parameters"],
         "training_seconds": summary["training"]["seconds"],
@@ -185,7 +186,7 @@ def _measure(run: Run, options: Options, folder: Path, teacher: Path | None) -> 
             "metrics": evaluate_predictions(logits, labels, METRICS, teacher_logits.get(f"{split}.logits")),
             "correct": pack(logits.argmax(1) == labels),
             "nll": pack_losses(losses),
-            "data": _digest(options.data / SETTINGS[run.setting].task / f"{split}.parquet"),
+            "data": digest_of(options.data / SETTINGS[run.setting].task / f"{split}.parquet"),
         }
     if is_kept(run):
         aside = folder / ".writing-logits.npz"
@@ -193,11 +194,6 @@ def _measure(run: Run, options: Options, folder: Path, teacher: Path | None) -> 
             np.savez_compressed(file, allow_pickle=False, **arrays)
         os.replace(aside, folder / "logits.npz")
     return splits
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
 @cache

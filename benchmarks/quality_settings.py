@@ -41,6 +41,9 @@ ARMS = {
     "label_revision": Arm("label revision", {"name": "label_revision"}),
 }
 
+CLAIM = ("sm_tmkd", "kd")
+"""The published claim: MixKD over KD, most where rows are few."""
+
 
 @dataclass(frozen=True)
 class Setting:

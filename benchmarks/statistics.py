@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm, t
 
 Values = NDArray[Any]
 """Figures of single rows [S, N]: whether the answer is right, or a loss."""
@@ -24,7 +25,7 @@ class Difference:
     upper: float
     """Ends of the 95 % interval."""
     p_value: float
-    """Two-sided, of no difference; never below 2 / (resamples + 1)."""
+    """Two-sided, of no difference."""
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
@@ -32,46 +33,74 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def hierarchical_bootstrap(first_SN: Values, second_SN: Values, resamples: int = 10_000, seed: int = 0) -> Difference:
-    """Difference of means first - second with its 95 % percentile interval over new seeds and new rows.
+def paired_bootstrap(first_SN: Values, second_SN: Values, resamples: int = 10_000, seed: int = 0) -> Difference:
+    """Difference of means first - second with its 95 % interval over new seeds and new rows.
 
-    D[s, n] = first[s, n] - second[s, n]. A resample draws S seeds and, on its own, N rows with replacement, and takes
-    the mean of D over the drawn seeds x the drawn rows: every seed is measured on the same rows, so both ways cross
-    (Owen 2007, "The pigeonhole bootstrap"). A seed stands for everything it draws: initial weights, row order,
+    D[s, n] = first[s, n] - second[s, n] is a mean, an effect of the seed, one of the row, and a rest: every seed is
+    measured on the same rows, so both cross. A seed stands for everything it draws: initial weights, row order,
     dropout, lambda, and the subset of the training rows where there is one. With one seed the interval speaks of rows
-    alone. S drawn seeds vary (S - 1) / S times as much as seeds do, so few seeds give somewhat narrow intervals.
+    alone. The variance of the mean is (MS_s + MS_n - MS_e) / (S N), with the mean squares of the two-way table and no
+    negative variance of seeds or rows (Searle, Casella and McCulloch 1992, "Variance Components"); it has nu degrees
+    of freedom (Satterthwaite 1946).
+
+    A resample draws S of the seeds' means and N of the rows' means with replacement. Both are scaled to their share of
+    that variance first (Davison and Hinkley 1997, "Bootstrap Methods", 3.8): S drawn seeds vary only (S - 1) / S times
+    as much as seeds do, and the rest is in the means of seeds and of rows. The 2.5 and 97.5 % points are moved away
+    from the difference by t_nu / z, Student's quantile over the normal one, since few seeds say little of their own
+    variance. The p value is Student's.
 
     Args: figures [S, N] of two arms, seed by seed and row by row.
-    Raises: ValueError for arms of different shape, or without a row or a seed.
+    Raises: ValueError for arms of different shape, without a seed, or with fewer than two rows.
     """
     if first_SN.shape != second_SN.shape:
         raise ValueError(f"arms of different shape: {first_SN.shape} and {second_SN.shape}; the same rows are needed")
-    if first_SN.ndim != 2 or not first_SN.size:
-        raise ValueError(f"arms of shape {first_SN.shape}: [seeds, rows] with at least one of each is needed")
+    if first_SN.ndim != 2 or len(first_SN) < 1 or first_SN.shape[1] < 2:
+        raise ValueError(f"arms of shape {first_SN.shape}: [seeds, rows] with at least one seed and two rows is needed")
     difference_SN = first_SN.astype(np.float64) - second_SN.astype(np.float64)
     num_seeds, num_rows = difference_SN.shape
-    rng = np.random.default_rng(seed)
-    seeds_RS = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=resamples)
-    # Rows that differ alike under every seed are interchangeable: only how often each kind comes up is drawn.
-    kinds_SK, counts = np.unique(difference_SN, axis=1, return_counts=True)
-    chunk = max(1, _CHUNK_VALUES // len(counts))
-    drawn = [
-        np.einsum(
-            "rs,sk,rk->r",
-            (some_RS := seeds_RS[start : start + chunk]).astype(np.float64),
-            kinds_SK,
-            rng.multinomial(num_rows, counts / num_rows, size=len(some_RS)).astype(np.float64),
-            optimize=True,
-        )
-        for start in range(0, resamples, chunk)
-    ]
-    means_R = np.concatenate(drawn) / (num_seeds * num_rows)
-    lower, upper = np.percentile(means_R, [2.5, 97.5])
+    mean = float(difference_SN.mean())
+    seeds_S, rows_N = difference_SN.mean(1) - mean, difference_SN.mean(0) - mean
+    rest_SN = difference_SN - mean - seeds_S[:, None] - rows_N
+    squares = [num_rows * (seeds_S**2).sum(), num_seeds * (rows_N**2).sum(), (rest_SN**2).sum()]
+    freedoms = np.maximum([num_seeds - 1, num_rows - 1, (num_seeds - 1) * (num_rows - 1)], 1)
+    of_seeds, of_rows, of_rest = np.array(squares) / freedoms
+    own_seeds, own_rows = of_seeds > of_rest, of_rows > of_rest  # else there is no effect of their own to be seen
+    shares = np.array([own_seeds * of_seeds, own_rows * of_rows, (1 - own_seeds - own_rows) * of_rest])
     # Sums of the same terms in another order differ in their last bits: a difference of nothing is no difference.
     nothing = 1e-12 * max(1.0, float(np.abs(difference_SN).max()))
-    tail = min(int((means_R <= nothing).sum()), int((means_R >= -nothing).sum()))
-    p_value = min(1.0, 2 * (tail + 1) / (resamples + 1))
-    return Difference(float(difference_SN.mean()), float(lower), float(upper), p_value)
+    mean = mean if abs(mean) > nothing else 0.0
+    variance = shares.sum() / difference_SN.size
+    if variance <= nothing**2:
+        return Difference(mean, mean, mean, 0.0 if mean else 1.0)
+    freedom = shares.sum() ** 2 / (shares**2 / freedoms).sum()
+    rng = np.random.default_rng(seed)
+    drawn_R = _means_of_draws(seeds_S, shares[0] / difference_SN.size, resamples, rng)
+    drawn_R += _means_of_draws(rows_N, shares[1:].sum() / difference_SN.size, resamples, rng)
+    lower, upper = mean + np.percentile(drawn_R, [2.5, 97.5]) * t.ppf(0.975, freedom) / norm.ppf(0.975)
+    return Difference(mean, float(lower), float(upper), float(2 * t.sf(abs(mean) / np.sqrt(variance), freedom)))
+
+
+def _means_of_draws(
+    deviations: NDArray[np.float64], variance: float, resamples: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Means [R] of as many draws with replacement as there are deviations from 0, scaled to a variance."""
+    num = len(deviations)
+    spread = deviations.std() / np.sqrt(num)
+    if not spread or variance <= 0:
+        return np.zeros(resamples)
+    # Equal ones are interchangeable: where there are few kinds, it is faster to draw how often each comes up.
+    kinds, counts = np.unique(deviations, return_counts=True)
+    few = 20 * len(kinds) < num
+    chunk = max(1, _CHUNK_VALUES // (len(kinds) if few else num))
+    sums = []
+    for start in range(0, resamples, chunk):
+        count = min(chunk, resamples - start)
+        if few:
+            sums.append(rng.multinomial(num, counts / num, size=count) @ kinds)
+        else:
+            sums.append(deviations[rng.integers(0, num, size=(count, num), dtype=np.int32)].sum(1))
+    means: NDArray[np.float64] = np.concatenate(sums) / num * (np.sqrt(variance) / spread)
+    return means
 
 
 def holm(p_values: list[float]) -> list[float]:

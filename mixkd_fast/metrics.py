@@ -25,9 +25,9 @@ def evaluate_predictions(
 
     Args: logits [N, C], or [N, 1] for a regression; labels [N] class numbers or targets; names of task metrics
     (accuracy, f1, matthews, pearson, spearman); teacher_logits [N, C'] if there is a teacher.
-    Returns: the named metrics, then for classification nll (nats), ece (15 bins), teacher_agreement (share of rows
-    with the same arg max) and kl_to_teacher (mean KL(teacher || student) at temperature 1, nats); for regression mse
-    and teacher_mse.
+    Returns: the named metrics (f1 is that of class 1 where there are two, else the mean over the classes), then for
+    classification nll (nats), ece (15 bins), teacher_agreement (share of rows with the same arg max) and kl_to_teacher
+    (mean KL(teacher || student) at temperature 1, nats); for regression mse and teacher_mse.
     """
     scores = logits.astype(np.float64)
     if scores.shape[1] == 1:

@@ -1,6 +1,5 @@
-"""The quality benchmark: two arms through the real program, kept and resumed; the report of a result file by hand."""
+"""The quality benchmark: two arms through the real program, kept, resumed and adopted; its settings and options."""
 
-import copy
 import json
 import os
 import signal
@@ -28,7 +27,7 @@ from benchmarks.quality_settings import (
     pairs,
     seed_numbers,
 )
-from benchmarks.statistics import pack, pack_losses, unpack, unpack_losses
+from benchmarks.statistics import unpack, unpack_losses
 from mixkd_fast.errors import ConfigurationError
 from mixkd_fast.interrupt import StopRequest
 from mixkd_fast.run import Run as TrainingRun
@@ -107,9 +106,11 @@ def test_two_arms_from_data_to_report(options: Options, tmp_path: Path, monkeypa
 def test_runs_of_another_budget_are_not_adopted(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     described = quality_results.describe(FT, options)
     result = {"setting": "toy_half", "arm": "ft", "layers": 2, "seed": 0, "description": described, "splits": {}}
-    result |= {"content_hash": "", "models": {}, "processor": ""}
+    data = quality_results.digest_of(options.data / "toy" / "train.parquet")
+    result |= {"content_hash": "", "models": {}, "processor": "", "training_data": data}
     assert quality_results.adopt([result], options) == [FT] and quality_results.finished(FT, options) == result
     assert quality_results.adopt([result], options) == [], "what is here stays"
+    assert quality_results.adopt([{**result, "seed": 1, "training_data": "other"}], options) == []
     half = SETTINGS["toy_half"]
     monkeypatch.setitem(SETTINGS, "toy_half", replace(half, batch_size=half.batch_size // 2))
     assert quality_results.adopt([result, {**result, "setting": "gone"}, {**result, "arm": "gone"}], options) == []
@@ -221,8 +222,23 @@ def test_results_of_another_budget_are_not_shown(options: Options, monkeypatch: 
     longer = Setting("Half", "toy", 32, 8.0, 32, 3, 1, 2, fraction=0.5, learning_rate=2e-3, teacher_learning_rate=2e-3)
     monkeypatch.setitem(SETTINGS, "toy_half", longer)
     assert quality_results.finished(FT, options) is None
-    assert quality_results.why_not(FT, options) == "made with other options"
+    assert quality_results.why_not(FT, options) == "made with other options or data"
     assert quality_report.collect(options, [FT], "quality")["results"] == []
+
+
+def test_results_of_another_data_file_are_not_shown(options: Options) -> None:
+    quality_runs.make(FT, options)
+    file = options.data / "toy" / "train.parquet"
+    rows = Dataset.from_dict(toy_rows(64, 5)).cast_column("label", ClassLabel(names=["bad", "good"]))
+    assert quality_results.finished(FT, options) is not None
+    rows.to_parquet(file)
+    assert quality_results.finished(FT, options) is None
+
+
+def test_an_encoder_is_named_by_its_weights_too(options: Options, tmp_path: Path) -> None:
+    other = save_toy_teacher(tmp_path / "elsewhere" / "encoder", seed=9)
+    names = {quality._shown(str(place)) for place in (options.encoder, other)}
+    assert len(names) == 2 and all(name.startswith("encoder-") for name in names)
 
 
 def test_an_option_that_came_later_makes_no_result_old(options: Options) -> None:
@@ -309,66 +325,6 @@ def test_estimates_scale_with_the_work(options: Options) -> None:
     assert estimate(Run("toy_half", "tmkd", 2, 0), {KD: 30.0}) == pytest.approx(90.0)
     text = plan_text([FT, KD], options)
     assert "toy_half     2            2     0     0.00    unknown" in text and f"{FT}: not made yet" in text
-
-
-def test_report_of_a_result_file_by_hand() -> None:
-    text = quality_report.markdown(_report())
-    assert "| RTE | 2 | 100.0 | 0.0 ± 0.0 | 50.0 ± 70.7 | 100.0 (1) |" in text
-    assert "| RTE | TMKD | 2 | +50.0 [+40.0, +60.0] | helps | -0.100 [-0.200, -0.050] | (helps) |" in text
-    report = _report()
-    report["comparisons"][0]["seeds"] = [0]
-    assert "| RTE | TMKD | 1 | +50.0 [+40.0, +60.0] | (helps) |" in quality_report.markdown(report)
-    assert "- rte, 3 layers, not made yet: tmkd 1" in text
-    assert "| RTE | 7 | 2 | 32 | 9 | 0.0001 | 128 | 5, 32, 0.0001 | MNLI, 26,413 rows |" in text
-
-
-@pytest.mark.parametrize("part", ["content_hash", "models", "data"])
-def test_runs_of_other_rows_or_another_teacher_are_not_paired(part: str) -> None:
-    split = {"rows": 8, "correct": pack(np.ones(8, bool)), "nll": pack_losses(np.zeros(8)), "data": "x"}
-    alike = {"content_hash": "c", "models": {"teacher": "t", "start": None}, "splits": {"validation": split}}
-    runs = {Run("sst2", arm, 3, seed): copy.deepcopy(alike) for arm in ("ft", "kd") for seed in (0, 1)}
-    other = runs[Run("sst2", "kd", 3, 1)]
-    assert [entry["seeds"] for entry in quality_report._comparisons(runs)] == [[0, 1]]
-    (other["splits"]["validation"] if part == "data" else other)[part] = "another"
-    assert [entry["seeds"] for entry in quality_report._comparisons(runs)] == [[0]]
-
-
-def test_plot_of_a_result_file_by_hand(tmp_path: Path) -> None:
-    quality_report.plot(_report(), tmp_path / "plot.svg")
-    svg = (tmp_path / "plot.svg").read_text()
-    assert svg.startswith("<?xml") and "RTE" in svg and "TMKD" in svg
-    quality_report.plot({**_report(), "results": []}, tmp_path / "empty.svg")
-
-
-def _report() -> dict[str, Any]:
-    """FT is wrong everywhere, KD with one seed of two, TMKD nowhere and has one seed."""
-    teacher = {"task": "rte", "method": {}, "training": {"epochs": 5, "batch_size": 32, "learning_rate": 1e-4}}
-    common = {"training_rows": 7, "steps": 9, "seconds": 60.0, "device": "cpu (1 threads)", "processor": "p"}
-    results = [{**common, "setting": "rte", "arm": TEACHER, "layers": 0, "seed": 0, "description": teacher}]
-    for arm, seed in (("ft", 0), ("ft", 1), ("kd", 0), ("kd", 1), ("tmkd", 0)):
-        described = {"task": "rte", "teacher": teacher}
-        results.append({**common, "setting": "rte", "arm": arm, "layers": 3, "seed": seed, "description": described})
-    right = [1, 0, 0, 0, 1, 1]
-    for result, share in zip(results, right, strict=True):
-        metrics = dict.fromkeys(quality_report.METRICS, float(share))
-        result["splits"] = {
-            "validation": {"rows": 8, "metrics": metrics, "correct": pack(np.full(8, bool(share)))},
-        }
-    figures = {"difference": 0.5, "lower": 0.4, "upper": 0.6, "p_value": 0.0002, "adjusted_p_value": 0.001}
-    nll = {"difference": -0.1, "lower": -0.2, "upper": -0.05, "p_value": 0.02, "adjusted_p_value": 0.2}
-    pair = {"setting": "rte", "split": "validation", "layers": 3, "first": "tmkd", "second": "kd", "seeds": [0, 1]}
-    return {
-        "command": "quality",
-        "encoder": "e",
-        "teacher_rows": "all",
-        "precision": "bf16",
-        "settings": {name: quality_report.asdict(setting) for name, setting in SETTINGS.items()},
-        "results": results,
-        "comparisons": [{**pair, "accuracy": figures, "nll": nll}],
-        "missing": [{"setting": "rte", "arm": "tmkd", "layers": 3, "seed": 1, "why": "not made yet"}],
-        "versions": {"mixkd_fast": "0", "torch": "0"},
-        "commit": "c",
-    }
 
 
 def test_docs_state_the_budgets() -> None:

@@ -173,7 +173,8 @@ class Method(Section):
     def check_kind(self, kind: str) -> None:
         """Raises: ConfigurationError where the method is for tasks of other kinds."""
         if kind not in self.kinds:
-            raise ConfigurationError(f'method "{self.name}" is for {" and ".join(self.kinds)} tasks; this is a {kind}')
+            name = getattr(self, "name", type(self).__name__)
+            raise ConfigurationError(f'method "{name}" is for {" and ".join(self.kinds)} tasks; this is a {kind}')
 
     @property
     def without_effect(self) -> list[str]:
