@@ -34,7 +34,8 @@ def main() -> int:
     if not PYTHON.exists():
         print(f"Creating {VENV}", flush=True)
         venv.create(VENV, with_pip=True)
-    pip("install", "--upgrade", "pip", "setuptools>=77", "wheel", "pybind11>=2.13")
+    # numpy too: the build imports torch, which warns without it.
+    pip("install", "--upgrade", "pip", "setuptools>=77", "wheel", "pybind11>=2.13", "numpy")
     install_torch()
     # No build isolation: the packages below are built against the torch that is here, and no second one is fetched.
     pip("install", "--no-build-isolation", "--editable", f"{ROOT}[{EXTRAS}]")

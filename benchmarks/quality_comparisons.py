@@ -52,7 +52,7 @@ def trends(runs: Results) -> list[dict[str, Any]]:
     for few, more in fewer_and_more:
         for layers in _depths(runs, few):
             seeds = [set(_common_seeds(runs, setting, layers, *CLAIM)) for setting in (few, more)]
-            common = sorted(seeds[0] & seeds[1])
+            common = sorted(seed for seed in seeds[0] & seeds[1] if _same_rows(runs, few, more, layers, seed))
             for split in SETTINGS[few].splits if common else ():
                 entry: dict[str, Any] = {"setting": few, "more": more, "split": split, "layers": layers}
                 entry |= {"first": CLAIM[0], "second": CLAIM[1], "seeds": common}
@@ -81,6 +81,13 @@ def unpaired(runs: Results) -> list[dict[str, Any]]:
                     entry = {"setting": setting, "layers": layers, "first": first, "second": second}
                     found.append(entry | {"seeds": sorted(left)})
     return found
+
+
+def _same_rows(runs: Results, few: str, more: str, layers: int, seed: int) -> bool:
+    """Whether two settings' students were evaluated on the same rows."""
+    splits = [runs[Run(setting, CLAIM[0], layers, seed)]["splits"] for setting in (few, more)]
+    first, second = ({name: split["data"] for name, split in some.items()} for some in splits)
+    return first == second
 
 
 def _adjust(found: list[dict[str, Any]]) -> None:

@@ -153,10 +153,10 @@ def _introduction(report: dict[str, Any]) -> list[str]:
         "",
         "Differences: 95 % intervals of a paired bootstrap over seeds and evaluation rows (10,000 resamples), widened "
         "for the few seeds; with one seed they speak of rows alone. The seeds both arms have are used. The intervals "
-        "are not corrected for how many there are. The verdicts are: helps or hurts where Holm's adjusted p is below "
-        "0.05, in brackets where only the interval excludes 0, and where one seed speaks for the arm. It is adjusted "
-        "over all settings and depths for the published claim, and for the others over their table. Runs are paired "
-        "if they had the same rows, the same teacher and the same start, weight for weight.",
+        "are not corrected for how many there are. The verdicts are: helps or hurts where the interval excludes 0 and "
+        "Holm's adjusted p is below 0.05, in brackets where only the interval does, and where one seed speaks for the "
+        "arm. It is adjusted over all settings and depths for the published claim, and for the others over their "
+        "table. Runs are paired if they had the same rows, the same teacher and the same start, weight for weight.",
     ]
 
 

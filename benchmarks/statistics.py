@@ -76,6 +76,8 @@ def paired_bootstrap(first_SN: Values, second_SN: Values, resamples: int = 10_00
     rng = np.random.default_rng(seed)
     drawn_R = _means_of_draws(seeds_S, shares[0] / difference_SN.size, resamples, rng)
     drawn_R += _means_of_draws(rows_N, shares[1:].sum() / difference_SN.size, resamples, rng)
+    if not drawn_R.any():  # seeds and rows have equal means, and only the rest differs
+        drawn_R = rng.normal(0.0, np.sqrt(variance), resamples)
     lower, upper = mean + np.percentile(drawn_R, [2.5, 97.5]) * t.ppf(0.975, freedom) / norm.ppf(0.975)
     return Difference(mean, float(lower), float(upper), float(2 * t.sf(abs(mean) / np.sqrt(variance), freedom)))
 

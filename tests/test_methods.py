@@ -164,6 +164,7 @@ def test_kd_and_finetune_are_the_clean_part() -> None:
         ({"name": "pkd", "alpha": 9.0, "sm_weight": 1.0}, []),
         ({"name": "cr_ild", "mixed_rows": 2}, []),
         ({"name": "cr_ild", "consistency_weight": 0.0, "mixed_rows": 2}, ["method.mixed_rows: no rows are mixed"]),
+        ({"name": "cr_ild", "ild_share": 1, "kd_weight": 2.0}, ["method.kd_weight: ild_share 1 has no KD steps"]),
         ({"name": "cr_ild", "ema_decay": 0.5}, ["method.ema_decay: no moving average is compared with"]),
         ({"name": "cr_ild", "ema_decay": 0.5, "consistency_target": "ema"}, []),
         ({"name": "cr_ild", "ild_share": 0, "attention": "none"}, ["method.attention: ild_share 0 has no ILD steps"]),

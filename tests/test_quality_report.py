@@ -68,6 +68,9 @@ def test_trends_are_differences_of_gains_on_the_same_rows() -> None:
     assert few["seeds"] == [0, 1, 2, 3, 4] and few["accuracy"]["difference"] == pytest.approx(0.08)
     assert few["accuracy"]["lower"] > 0 and few["nll"]["upper"] < 0
     assert found["sst2_1pct", "sst2"]["seeds"] == [0]
+    for arm in CLAIM:
+        runs[Run("sst2", arm, 3, 0)]["splits"]["validation"]["data"] = "other rows"
+    assert [(entry["setting"], entry["more"]) for entry in trends(runs)] == [("sst2_1pct", "sst2_10pct")]
 
 
 def test_the_page_begins_with_the_claim() -> None:

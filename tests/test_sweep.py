@@ -107,6 +107,13 @@ def test_ranking_is_by_the_mean_over_seeds(grid: tuple[Path, int]) -> None:
     assert done[0]["mean"] >= done[1]["mean"] and [trial["rank"] for trial in done] == [1, 2]
 
 
+def test_a_sweep_without_a_finished_run_keeps_its_metric(tmp_path: Path) -> None:
+    path = _write(tmp_path, fields={"student.num_layers": [9]}, metric="nll")
+    assert _run(path) == 1
+    report = _report(tmp_path)
+    assert report["metric"] == "nll" and not report["higher_is_better"] and report["trials"][0]["metric"] is None
+
+
 def test_trials_of_tasks_with_other_splits_go_by_their_own(tmp_path: Path) -> None:
     path = _write(tmp_path)
     content = json.loads(path.read_text())

@@ -107,8 +107,13 @@ class CRILD(MixedRowDistillation):
         if not self.ild_share:
             names = ["attention", "relation_heads", "attention_weight", "hidden_weight", "consistency_weight"]
             unused = self.unless_default([*names, "consistency_target", "ema_decay"], "ild_share 0 has no ILD steps")
-        elif not self._is_consistent or self.consistency_target == "self":
+        elif not self._is_consistent:
+            unused = self.unless_default(["consistency_target", "ema_decay"], "consistency_weight is 0")
+        elif self.consistency_target == "self":
             unused = self.unless_default(["ema_decay"], "no moving average is compared with")
+        if self.ild_share == 1:
+            names = ["mle_weight", "kd_weight", "temperature", "distance"]
+            unused += self.unless_default(names, "ild_share 1 has no KD steps")
         return [*super().without_effect, *unused]
 
     @property

@@ -134,7 +134,7 @@ def rank(sweep: Sweep, trials: Sequence[Trial]) -> Ranking:
         runs = [_read(plan) for plan in trial.runs if is_finished(plan)]
         errors = [error for plan in trial.runs if (error := recorded_error(plan))]
         results.append(TrialResult(trial, _metric(sweep, runs), runs, errors))
-    metrics = list(dict.fromkeys(result.metric for result in results if result.runs)) or ["metric"]
+    metrics = list(dict.fromkeys(result.metric for result in results if result.runs)) or [sweep.metric or "metric"]
     metric = metrics[0] if len(metrics) == 1 else metrics[0].rpartition("/")[2]
     higher = metric.rpartition("/")[2] not in LOWER_IS_BETTER
     sign = -1 if higher else 1
@@ -184,7 +184,7 @@ def as_json(ranking: Ranking) -> dict[str, Any]:
                 "folder": str(result.trial.folder),
                 "status": result.status,
                 "values": dict(result.trial.values),
-                "metric": result.metric,
+                "metric": result.metric if result.runs else None,
                 "mean": result.mean,
                 "std": result.deviation,
                 "by_seed": {str(seed): value for seed, value in values.items()},
