@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -165,8 +166,14 @@ def test_slices_of_a_vocabulary() -> None:
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     """Each holds half of the vocabulary: loss, rows, gradient of hidden states, and its half of the others'."""
     command = [sys.executable, str(ROOT / "tests" / "workers" / "linear_ranks.py"), str(tmp_path)]
+    places = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            [*command, str(rank)],
+            env=environment() | {"PYTHONPATH": places},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         for rank in range(2)
     ]
     outputs = [rank.communicate(timeout=240)[0].decode() for rank in ranks]

@@ -44,6 +44,10 @@ class CleanRowDistillation(Method):
     def needs_clean_teacher(self) -> bool:
         return self.kd_weight > 0
 
+    def unused_temperature(self) -> list[str]:
+        """For `without_effect` of methods whose only use of the temperature is the distance."""
+        return self.unless_default(["temperature"], 'distance "mse" has none') if self.distance == "mse" else []
+
     def clean_terms(self, batch: Batch, student_logits: Tensor, teacher_logits: Tensor | None) -> dict[str, Tensor]:
         """Terms of the clean rows from logits [B, C]; the teacher's are needed at a positive kd_weight only."""
         terms = {}
@@ -62,7 +66,7 @@ class KD(CleanRowDistillation):
 
     @property
     def without_effect(self) -> list[str]:
-        return self.unless_default(["temperature"], 'distance "mse" has none') if self.distance == "mse" else []
+        return self.unused_temperature()
 
     def terms(
         self, batch: Batch, student: Encoder, teacher: Any | None, extras: nn.Module | None, moment: Moment

@@ -103,8 +103,7 @@ class MixKD(MixedRowDistillation):
 
     @property
     def without_effect(self) -> list[str]:
-        unused = self.unless_default(["temperature"], 'distance "mse" has none') if self.distance == "mse" else []
-        return [*super().without_effect, *unused]
+        return [*super().without_effect, *self.unused_temperature()]
 
 
 def _logits(output: Any | None) -> Tensor | None:

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases import SETTINGS
+from linear_cases import gradients_of, in_double, make_heads
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
-from cases import SETTINGS  # noqa: E402
-from linear_cases import gradients_of, in_double, make_heads  # noqa: E402
-
-from mixkd_fast.losses import linear_kd_loss, vocabulary_slice  # noqa: E402
+from mixkd_fast.losses import linear_kd_loss, vocabulary_slice
 
 NUM_RANKS = 2
 WIDTHS = ((37, 37), (30, 41), (41, 30), (2, 9), (1, 1))
